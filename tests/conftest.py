@@ -1,0 +1,50 @@
+"""Shared set-up of the tests: where kernels run, how many threads, Hypothesis profiles, made scenes."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+# The Triton interpreter must be chosen before Triton is imported: without a GPU every kernel test runs in it.
+# CAST_FAST_REQUIRE_GPU=1 says that a GPU is promised: tests marked ``gpu`` then fail instead of being skipped.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OPENCV_LOG_LEVEL", "ERROR")
+
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+if not HAS_CUDA:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import hypothesis  # noqa: E402
+
+torch.set_num_threads(1)
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_examples=100)
+hypothesis.settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    del config
+    if HAS_CUDA or os.environ.get("CAST_FAST_REQUIRE_GPU") == "1":
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def cuda() -> torch.device:
+    """The CUDA device; use together with ``@pytest.mark.gpu``."""
+    if not HAS_CUDA:
+        pytest.fail("CAST_FAST_REQUIRE_GPU=1, but torch finds no CUDA device")
+    return torch.device("cuda")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Runs a test on the CPU, and on a GPU where there is one."""
+    if request.param == "cuda" and not HAS_CUDA:
+        pytest.fail("CAST_FAST_REQUIRE_GPU=1, but torch finds no CUDA device")
+    return torch.device(request.param)
