@@ -1,0 +1,459 @@
+"""Checkpoints: whole or absent after a kill at any point, damage found and named, no code run, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import pickle
+import random
+import re
+import resource
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from cast_fast import checkpoint
+from cast_fast.errors import UserError
+
+CONFIG = {"arch": "resnet18", "seed": 3}
+
+
+def state_of(step: int) -> dict[str, Any]:
+    """A state shaped like a real one: tensors of several types, nested plain values."""
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "model": {
+            "weight": torch.randn(3, 4, generator=generator),
+            "conv": torch.randn(2, 3, 5, 5, generator=generator).to(memory_format=torch.channels_last),
+            "pointer": torch.tensor(step),
+        },
+        "optimizer": {
+            "state": {0: {"momentum_buffer": torch.randn(3, 4, generator=generator)}},
+            "groups": [{"lr": 0.5}],
+        },
+        "progress": {"step": step, "name": "a", "none": None, "pair": (1, 2.5)},
+    }
+
+
+def save(run: Path, step: int, keep: int = 3) -> Path:
+    return checkpoint.save(run, step, state_of(step), config=CONFIG, fingerprint="f", keep=keep)
+
+
+def assert_equal_states(left: Any, right: Any) -> None:
+    """Bitwise equality of nested states."""
+    assert type(left) is type(right)
+    if isinstance(left, torch.Tensor):
+        assert left.dtype == right.dtype and left.shape == right.shape
+        assert torch.equal(left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8))
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys()
+        for key in left:
+            assert_equal_states(left[key], right[key])
+    elif isinstance(left, (list, tuple)):
+        assert len(left) == len(right)
+        for one, other in zip(left, right):
+            assert_equal_states(one, other)
+    else:
+        assert left == right
+
+
+def names(run: Path) -> set[str]:
+    return {entry.name for entry in (run / "checkpoints").iterdir()}
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    loaded = checkpoint.load_last(tmp_path)
+    assert loaded is not None
+    assert path == loaded.path == tmp_path / "checkpoints" / "step-7"
+    assert (loaded.step, loaded.fingerprint, loaded.config) == (7, "f", CONFIG)
+    assert_equal_states(loaded.state, state_of(7))
+    assert loaded.versions["torch"] == torch.__version__
+    assert (tmp_path / "checkpoints" / "last").read_text() == "step-7\n"
+    assert names(tmp_path) == {"step-7", "last"}
+
+
+def test_tensors_keep_their_memory_format(tmp_path: Path) -> None:
+    loaded = checkpoint.load(save(tmp_path, 7))
+    assert loaded.state["model"]["conv"].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    assert checkpoint.load_last(tmp_path) is None
+    assert checkpoint.steps(tmp_path) == []
+
+
+def test_keeps_the_newest(tmp_path: Path) -> None:
+    for step in (9, 10, 100):  # by number, not by name
+        save(tmp_path, step, keep=2)
+    assert checkpoint.steps(tmp_path) == [100, 10]
+    assert names(tmp_path) == {"step-100", "step-10", "last"}
+
+
+def test_saving_a_saved_step_again_leaves_it(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    before = {file.name: file.stat().st_mtime_ns for file in path.iterdir()}
+    assert save(tmp_path, 5) == path
+    assert {file.name: file.stat().st_mtime_ns for file in path.iterdir()} == before
+
+
+def test_saving_over_a_damaged_step_sets_it_aside(tmp_path: Path) -> None:
+    path = save(tmp_path, 5)
+    (path / "model.pt").write_bytes(b"")
+    assert checkpoint.load(save(tmp_path, 5)).step == 5
+    assert names(tmp_path) == {"step-5", "step-5.damaged", "last"}
+
+
+@pytest.mark.parametrize(("step", "keep", "name"), [(-1, 1, "a"), (1, 0, "a"), (1, 1, "../a"), (1, 1, "")])
+def test_refuses_nonsense(tmp_path: Path, step: int, keep: int, name: str) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        checkpoint.save(tmp_path, step, {name: 1}, config={}, fingerprint="f", keep=keep)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_estimate_bounds_the_size_and_counts_shared_storage_once(tmp_path: Path) -> None:
+    shared = torch.zeros(100_000)
+    state = {"a": {"whole": shared, "view": shared[:10]}, "b": [torch.zeros(7, dtype=torch.uint8) for _ in range(200)]}
+    path = checkpoint.save(tmp_path, 1, state, config=CONFIG, fingerprint="f", keep=1)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    estimate = checkpoint.estimated_bytes(state)
+    assert size <= estimate < 2 * 400_000
+    meta = torch.empty(100_000, device="meta")
+    assert checkpoint.estimated_bytes([meta, torch.empty(100_000, device="meta")]) > 800_000
+
+
+# Damage
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0x10
+    path.write_bytes(data)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {"flipped": flip, "truncated": truncate, "missing": Path.unlink, "empty": lambda path: path.write_bytes(b"")}
+
+
+@pytest.mark.parametrize("name", ["model.pt", "progress.pt", "config.json", "manifest.json"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_and_the_previous_checkpoint_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
+) -> None:
+    save(tmp_path, 1)
+    DAMAGES[damage](save(tmp_path, 2) / name)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=re.escape(f"step-2/{name}")):
+        checkpoint.load(tmp_path / "checkpoints" / "step-2")
+    with caplog.at_level(logging.WARNING, logger="cast_fast"):
+        loaded = checkpoint.load_last(tmp_path)
+    assert loaded is not None and loaded.step == 1
+    assert_equal_states(loaded.state, state_of(1))
+    assert "DAMAGED" in caplog.text and name in caplog.text and "going back to step 1" in caplog.text
+    assert names(tmp_path) == {"step-1", "step-2", "last"}
+
+
+def test_every_byte_of_the_manifest_counts(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    whole = (path / "manifest.json").read_bytes()
+    generator = random.Random(0)
+    for position in generator.sample(range(len(whole) - 1), 200):
+        if whole[position : position + 1].isspace():
+            continue
+        data = bytearray(whole)
+        data[position] ^= 1 << generator.randrange(7)
+        (path / "manifest.json").write_bytes(data)
+        with pytest.raises(checkpoint.DamagedCheckpoint):
+            checkpoint.load(path)
+
+
+def test_damaged_ones_are_set_aside_and_do_not_push_out_whole_ones(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    for step in (2, 3):
+        truncate(tmp_path / "checkpoints" / f"step-{step}" / "model.pt")
+    loaded = checkpoint.load_last(tmp_path, set_aside=True)
+    assert loaded is not None and loaded.step == 1
+    assert names(tmp_path) == {"step-1", "step-2.damaged", "step-3.damaged", "last"}
+    save(tmp_path, 2, keep=2)
+    assert checkpoint.steps(tmp_path) == [2, 1]
+
+
+def test_pruning_never_counts_later_steps(tmp_path: Path) -> None:
+    for step in (1, 5):
+        save(tmp_path, step)
+    save(tmp_path, 2, keep=1)
+    assert checkpoint.steps(tmp_path) == [5, 2]
+
+
+def test_all_damaged_is_an_error_that_names_each_and_changes_nothing(tmp_path: Path) -> None:
+    for step in (1, 2):
+        truncate(save(tmp_path, step) / "model.pt")
+    with pytest.raises(UserError, match=r"no whole checkpoint.*step-2/model\.pt.*step-1/model\.pt"):
+        checkpoint.load_last(tmp_path, set_aside=True)
+    assert names(tmp_path) == {"step-1", "step-2", "last"}
+
+
+def test_renamed_folder_is_damaged(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    path.rename(path.with_name("step-4"))
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="says step 1"):
+        checkpoint.load(path.with_name("step-4"))
+
+
+def rewrite_manifest(path: Path, **changes: Any) -> None:
+    """Makes a manifest that agrees with the files, as somebody who means harm would."""
+    manifest = json.loads((path / "manifest.json").read_text())
+    del manifest["sha256"]
+    for name in manifest["files"]:
+        size, digest = checkpoint._measure(path, name)
+        manifest["files"][name] = {"sha256": digest, "size": size}
+    manifest.update(changes)
+    manifest["sha256"] = checkpoint._digest(manifest)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_newer_format_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    rewrite_manifest(path, format=checkpoint.FORMAT + 1)
+    with pytest.raises(UserError, match="format 2"):
+        checkpoint.load_last(tmp_path)
+
+
+class Harm:
+    """Unpickling this would create a file."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.target,))
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("writer", ["torch", "pickle"])
+def test_crafted_pickle_runs_no_code(tmp_path: Path, writer: str) -> None:
+    target = tmp_path / "harm"
+    save(tmp_path, 1)
+    path = save(tmp_path, 2)
+    if writer == "torch":
+        torch.save(Harm(target), path / "model.pt")
+    else:
+        (path / "model.pt").write_bytes(pickle.dumps(Harm(target)))
+    rewrite_manifest(path)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="refused"):
+        checkpoint.load(path)
+    loaded = checkpoint.load_last(tmp_path)
+    assert loaded is not None and loaded.step == 1
+    assert not target.exists()
+    if writer == "torch":  # the same file does harm without weights_only
+        torch.load(path / "model.pt", weights_only=False)
+        assert target.exists()
+
+
+def test_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    rewrite_manifest(path, files={"../outside.pt": {"sha256": "0", "size": 0}})
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="no plain file name"):
+        checkpoint.load(path)
+
+
+# Kills
+
+KILLER = textwrap.dedent(
+    """
+    import os, signal, sys
+    from pathlib import Path
+    from test_checkpoint import save
+
+    # Imports torch once, then forks a process a point of death: SIGKILL at its n-th call of the system.
+    COUNTED = ("fsync", "rename", "replace", "mkdir", "rmdir", "unlink")
+
+    def die_at(n, run):
+        calls = 0
+        def counted(function):
+            def call(*args, **kwargs):
+                nonlocal calls
+                calls += 1
+                if calls == n:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return function(*args, **kwargs)
+            return call
+        for name in COUNTED:
+            setattr(os, name, counted(getattr(os, name)))
+        save(run, 3, keep=2)
+        os._exit(0)
+
+    root = Path(sys.argv[1])
+    for n in range(1, 100):
+        run = root / str(n)
+        save(run, 1)
+        save(run, 2)
+        child = os.fork()
+        if child == 0:
+            die_at(n, run)
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            print(n)
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    """
+)
+
+
+def test_sigkill_at_every_point_of_a_save(tmp_path: Path) -> None:
+    """Whatever the moment, the newest checkpoint is whole, and the next save leaves nothing behind."""
+    result = subprocess.run(
+        [sys.executable, "-c", KILLER, str(tmp_path)], cwd=Path(__file__).parent, capture_output=True, text=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    points = int(result.stdout)
+    assert points > 12  # a file each for model, optimizer, progress, config and manifest, and the renames
+    reached = set()
+    for n in range(1, points + 1):
+        run = tmp_path / str(n)
+        loaded = checkpoint.load_last(run)
+        assert loaded is not None
+        assert_equal_states(loaded.state, state_of(loaded.step))
+        for step in checkpoint.steps(run):
+            assert checkpoint.load(run / "checkpoints" / f"step-{step}").step == step
+        reached.add(loaded.step)
+        save(run, 4, keep=2)
+        assert {name for name in names(run) if name.startswith(".")} == set()
+        assert (run / "checkpoints" / "last").read_text() == "step-4\n"
+    assert reached == {2, 3}
+
+
+WRITER = textwrap.dedent(
+    """
+    import sys
+    from pathlib import Path
+    import torch
+    from cast_fast import checkpoint
+
+    state = {"model": {str(i): torch.full((100_000,), float(i)) for i in range(100)}}
+    print("ready", flush=True)
+    for step in range(1, 10_000):
+        checkpoint.save(Path(sys.argv[1]), step, state, config={}, fingerprint="f", keep=2)
+        print(step, flush=True)
+    """
+)
+
+
+def test_sigkill_at_random_moments(tmp_path: Path) -> None:
+    """The process is killed from outside while it writes 40 MB files, in the middle of a write as likely as not."""
+    generator = random.Random(0)
+    for trial in range(2):
+        run = tmp_path / str(trial)
+        process = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(run)], stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        )  # fmt: skip
+        assert process.stdout is not None
+        for _ in range(2 + generator.randrange(3)):
+            line = process.stdout.readline()
+        promised = int(line)
+        try:
+            process.wait(timeout=generator.uniform(0, 0.1))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+        process.stdout.close()
+        loaded = checkpoint.load_last(run)
+        assert loaded is not None and loaded.step >= promised
+
+
+# No space
+
+
+def limit_file_size(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+
+def test_file_size_limit_loses_nothing(tmp_path: Path) -> None:
+    """A write that fails half way (EFBIG here, as ENOSPC would) is one clear error; earlier checkpoints stay whole."""
+    save(tmp_path, 1)
+    state = {"small": torch.zeros(10), "large": torch.zeros(1_000_000)}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    limit_file_size(1_000_000)
+    try:
+        with pytest.raises(
+            UserError, match=rf"step 2 in {re.escape(str(tmp_path))}.*too large.*4\.1 MB needed.*MB free"
+        ):
+            checkpoint.save(tmp_path, 2, state, config={}, fingerprint="f", keep=1)
+    finally:
+        limit_file_size(before)
+    assert names(tmp_path) == {"step-1", "last"}
+    loaded = checkpoint.load_last(tmp_path)
+    assert loaded is not None and loaded.step == 1
+
+
+def mounted(path: Path, options: str) -> bool:
+    path.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("estimated", [True, False], ids=["up-front", "in-mid-write"])
+def test_full_disk_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, estimated: bool) -> None:
+    run = tmp_path / "run"
+    if not mounted(run, "size=3m"):
+        pytest.skip("cannot mount a small tmpfs here")
+    try:
+        save(run, 1)
+        if not estimated:
+            monkeypatch.setattr(checkpoint, "require_space", lambda *_: None)
+        with pytest.raises(UserError, match=r"step 2 in .*MB needed.*MB free"):
+            checkpoint.save(
+                run, 2, {"a": torch.zeros(10), "b": torch.zeros(1_000_000)}, config={}, fingerprint="f", keep=1
+            )
+        assert names(run) == {"step-1", "last"}
+        loaded = checkpoint.load_last(run)
+        assert loaded is not None and loaded.step == 1
+        save(run, 2, keep=1)
+    finally:
+        subprocess.run(["umount", str(run)], check=True)
+
+
+def test_unwritable_folder_is_a_users_error(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    with pytest.raises(UserError, match="cannot save the checkpoint of step 1"):
+        save(tmp_path, 1)
+    assert (tmp_path / "checkpoints").read_text() == "a file where a folder should be"
+
+
+# The lock
+
+
+def test_one_process_a_run_folder(tmp_path: Path) -> None:
+    code = textwrap.dedent(
+        """
+        import sys
+        from pathlib import Path
+        from cast_fast import checkpoint
+        with checkpoint.exclusive(Path(sys.argv[1])):
+            print("locked")
+        """
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with checkpoint.exclusive(tmp_path):
+        refused = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert refused.returncode == 1
+    assert f"another process is training in this folder (process {os.getpid()} on" in refused.stderr
+    allowed = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert allowed.stdout == "locked\n", allowed.stderr
