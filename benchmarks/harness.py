@@ -4,9 +4,9 @@ A script in this folder reads::
 
     import harness
 
-    device = torch.device("cuda")
+    device = harness.choose_device("auto")                   # UserError for cuda where there is none
     env = harness.environment(device)
-    results = harness.Results(out, env)
+    results = harness.open_results(out, env)                 # UserError where the folder cannot be written
     lines = {"eager": lambda: partial(eager, x), "fused": lambda: partial(fused, x)}
     shape = {"batch": 256, "channels": 2048}
 
@@ -19,6 +19,8 @@ A script in this folder reads::
 
 The pieces:
 
+``choose_device(name)``
+    The device of ``--device auto|cpu|cuda``.
 ``environment(device)``
     Device name, versions, git commit (``-dirty`` when tracked files differ), date in UTC.
 ``interleave(lines, device=…, repeats=…, warmup=…, calls=…, settle=…, prepare=…, deadline=…, …)``
@@ -60,6 +62,8 @@ from typing import Any
 
 import torch
 
+from cast_fast.errors import UserError
+
 ROOT = Path(__file__).resolve().parent.parent
 
 Line = Callable[[], Callable[[], object]]
@@ -86,6 +90,19 @@ def percentile(values: Sequence[float], q: float) -> float:
     low = math.floor(position)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of ``--device auto | cpu | cuda``; ``auto`` takes CUDA where torch finds it.
+
+    Raises:
+        UserError: ``cuda`` without a CUDA device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device: got cuda, but torch finds no CUDA device")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -322,6 +339,18 @@ class Results:
             os.fsync(file.fileno())
 
 
+def open_results(out: Path, env: Environment, *, append: bool = False) -> Results:
+    """``Results`` for a script's ``--out``.
+
+    Raises:
+        UserError: the folder cannot be made or written.
+    """
+    try:
+        return Results(out, env, append=append)
+    except OSError as error:
+        raise UserError(f"--out: cannot write {out}: {error.strerror or error}") from error
+
+
 def time_calls(
     run: Callable[[], object],
     *,
@@ -493,7 +522,7 @@ def clear_memory(device: torch.device) -> None:
 
 
 def tensor_bytes(*holders: object) -> int:
-    """Bytes of the distinct storages behind modules, optimizers, tensors and lists of these."""
+    """Bytes of the distinct storages behind modules (gradients too), optimizers, tensors and lists of these."""
     storages: dict[int, int] = {}
 
     def visit(holder: object) -> None:
@@ -503,6 +532,7 @@ def tensor_bytes(*holders: object) -> int:
         elif isinstance(holder, torch.nn.Module):
             for tensor in (*holder.parameters(), *holder.buffers()):
                 visit(tensor)
+                visit(tensor.grad if tensor.is_leaf else None)
         elif isinstance(holder, torch.optim.Optimizer):
             visit(holder.state)
         elif isinstance(holder, Mapping):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from cast_fast.errors import UserError
+
 CPU = torch.device("cpu")
 CONTRACT = ["name", "variant", "device", "dtype", "shape", "value", "unit", "p20", "p50", "p80", "repeats"]
 CONTRACT += ["bytes", "flops", "fraction_of_bound", "versions", "commit", "date"]
@@ -161,6 +163,16 @@ def test_records_are_on_disk_at_once(tmp_path) -> None:
     assert results.path.read_text() == ""
 
 
+def test_a_missing_device_or_folder_is_the_users_error(tmp_path) -> None:
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device: got cuda"):
+            harness.choose_device("cuda")
+    assert harness.choose_device("cpu") == CPU
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="--out"):
+        harness.open_results(tmp_path / "file", harness.environment(CPU))
+
+
 def test_environment_names_device_and_commit(monkeypatch) -> None:
     env = harness.environment(CPU)
     assert harness.cpu_name() in env.device
@@ -177,8 +189,10 @@ def test_tensor_bytes_counts_each_storage_once() -> None:
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
     layer(torch.ones(1, 4)).sum().backward()
     optimizer.step()
-    assert harness.tensor_bytes(layer, [layer.weight, layer.weight.detach()[:2]]) == 64
-    assert harness.tensor_bytes(layer, optimizer) == 128
+    assert harness.tensor_bytes(layer, [layer.weight, layer.weight.detach()[:2]]) == 128  # weight and gradient
+    optimizer.zero_grad(set_to_none=True)
+    assert harness.tensor_bytes(layer, layer.weight) == 64
+    assert harness.tensor_bytes(layer, optimizer) == 128  # weight and momentum buffer
 
 
 def test_table_and_chart(tmp_path, capsys) -> None:
