@@ -15,7 +15,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 FIXED_MAXIMUM_TEMPERATURE = 0.03
 """From this temperature on, exp((q·k - 1) / T) of unit vectors is at least exp(-2 / 0.03) = 1e-29: float32 and bfloat16
@@ -244,3 +245,163 @@ def info_nce_combine(
     """``info_nce``'s results from the partials of all shards. Not differentiable here (the operator is)."""
     merged = merge_partials(partials)
     return info_nce_terms(query, key, merged, temperature, queue_dtype).loss, merged.beaten
+
+
+class StepLosses(NamedTuple):
+    """What a formulation of the whole objective returns; ``loss`` carries the graph of every parameter's gradient."""
+
+    loss: Tensor
+    """0-dimensional: the total."""
+    contrastive: Tensor
+    """0-dimensional: mean InfoNCE loss."""
+    attention: Tensor
+    """0-dimensional: mean attention loss."""
+    cam: Tensor
+    """(N, H, W): the Grad-CAM map."""
+    keys: Tensor
+    """(N, D): the keys to enqueue."""
+
+
+def plain_cast_objective(
+    trunk: nn.Module,
+    head: nn.Module,
+    images: Tensor,
+    key: Tensor,
+    masked_key: Tensor,
+    queue: Tensor,
+    saliency: Tensor,
+    *,
+    temperature: float,
+    lam: float,
+    average: bool = True,
+    weight: Tensor | None = None,
+) -> StepLosses:
+    """The objective of CAST as its paper writes it: Grad-CAM by autograd, differentiated a second time.
+
+    One forward pass; ∂d/∂A by ``autograd.grad(create_graph=True)``, with nothing detached; per-sample cosine.
+
+    Args:
+        trunk: images → (N, C, H, W) activations.
+        head: spatial mean of the activations (N, C) → (N, D).
+        images: (N, 3, S, S), normalised.
+        key: (N, D) normalised keys.
+        masked_key: (N, D) normalised masked keys.
+        queue: (K, D) normalised negatives.
+        saliency: (N, H, W) in [0, 1].
+        temperature: of InfoNCE.
+        lam: weight of the attention loss.
+        average: divide the sum of the losses by 1 + ``lam``.
+        weight: (N,) weights of the samples in the attention loss; 1 by default.
+    """
+    activations = trunk(images)
+    embedding = F.normalize(head(activations.mean((2, 3))), dim=1)
+    similarity = (embedding * masked_key).sum(1)
+    if weight is not None:
+        similarity = similarity[weight > 0]
+    (gradient,) = torch.autograd.grad(similarity.sum(), activations, create_graph=True)
+    cam = (activations * gradient.mean((2, 3), keepdim=True)).sum(1).relu()
+    loss = 1 - F.cosine_similarity(cam.flatten(1), saliency.flatten(1), dim=1)
+    attention = loss.mean() if weight is None else (loss * weight).sum() / weight.sum()
+    contrastive = _cross_entropy(embedding, key, queue, temperature)
+    total = (contrastive + lam * attention) / (1 + lam if average else 1)
+    return StepLosses(total, contrastive, attention, cam, key)
+
+
+def _cross_entropy(embedding: Tensor, key: Tensor, queue: Tensor, temperature: float) -> Tensor:
+    """Mean cross-entropy over materialised logits, the positive in column 0."""
+    logits = torch.cat([(embedding * key).sum(1, keepdim=True), embedding @ queue.T], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64, device=logits.device))
+
+
+def one_pass_step_losses(
+    query: nn.Module,
+    key: nn.Module,
+    queue: Tensor,
+    query_images: Tensor,
+    key_images: Tensor,
+    masked_key_images: Tensor,
+    saliency: Tensor,
+    *,
+    temperature: float,
+    lam: float,
+) -> StepLosses:
+    """Losses of a step with one forward pass of the query encoder and Grad-CAM by double backward.
+
+    Args:
+        query, key: encoders with the members ``trunk`` and ``head`` as in ``plain_cast_objective``; in train mode.
+        queue: (K, D) normalised negatives.
+        query_images, key_images, masked_key_images: (N, 3, S, S), normalised.
+        saliency: (N, H, W) in [0, 1].
+        temperature: of InfoNCE.
+        lam: weight of the attention loss.
+    """
+    with torch.no_grad():
+        keys = _embed(key, key_images)
+        masked_keys = _embed(key, masked_key_images)
+    return plain_cast_objective(
+        query.trunk, query.head, query_images, keys, masked_keys, queue, saliency, temperature=temperature, lam=lam
+    )
+
+
+def published_step_losses(
+    query: nn.Module,
+    key: nn.Module,
+    queue: Tensor,
+    query_images: Tensor,
+    key_images: Tensor,
+    masked_key_images: Tensor,
+    saliency: Tensor,
+    *,
+    temperature: float,
+    lam: float,
+    momentum: float,
+) -> StepLosses:
+    """Losses of a step as the authors released it, for comparison only; arguments as in ``one_pass_step_losses``.
+
+    Its known quirks are kept: both encoders, the momentum update and the logits over the queue are run twice, once for
+    the keys and once for the masked keys (so the momentum is in effect ``momentum``²), and the update allocates new
+    weights; Grad-CAM differentiates the logit of the second pass; the map is scaled to [0, 1] before its ReLU, so that
+    evidence against the match survives, and again after it; the cosine is taken over the whole batch at once.
+    """
+    logits, _, keys = _published_pass(query, key, queue, query_images, key_images, temperature, momentum)
+    labels = torch.zeros(len(logits), dtype=torch.int64, device=logits.device)
+    contrastive = F.cross_entropy(logits, labels)
+    masked_logits, activations, _ = _published_pass(
+        query, key, queue, query_images, masked_key_images, temperature, momentum
+    )
+    positive = torch.zeros_like(masked_logits)
+    positive[:, 0] = 1
+    (gradient,) = torch.autograd.grad(masked_logits, activations, grad_outputs=positive, create_graph=True)
+    cam = (activations * F.adaptive_avg_pool2d(gradient, 1)).sum(1)
+    for _ in range(2):
+        low = cam.flatten(1).amin(1)[:, None, None]
+        cam = cam - low
+        cam = (cam / (cam.flatten(1).amax(1)[:, None, None] + 1e-7)).relu()
+    attention = 1 - F.cosine_similarity(cam.reshape(1, -1), saliency.to(cam.dtype).reshape(1, -1), dim=1).squeeze(0)
+    return StepLosses((contrastive + lam * attention) / (1 + lam), contrastive, attention, cam, keys)
+
+
+def _published_pass(
+    query: nn.Module,
+    key: nn.Module,
+    queue: Tensor,
+    query_images: Tensor,
+    key_images: Tensor,
+    temperature: float,
+    momentum: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One call of the released model: logits (N, 1 + K), activations of the query encoder, keys (N, D)."""
+    activations = query.trunk(query_images)
+    embedding = F.normalize(query.head(activations.mean((2, 3))), dim=1)
+    with torch.no_grad():
+        for key_parameter, query_parameter in zip(key.parameters(), query.parameters()):
+            key_parameter.data = key_parameter.data * momentum + query_parameter.data * (1 - momentum)
+        keys = _embed(key, key_images)
+    negatives = torch.einsum("nd,kd->nk", embedding, queue.clone().detach().to(embedding.dtype))
+    logits = torch.cat([(embedding * keys).sum(1, keepdim=True), negatives], 1) / temperature
+    return logits, activations, keys
+
+
+def _embed(encoder: nn.Module, images: Tensor) -> Tensor:
+    """(N, D) normalised embeddings."""
+    return F.normalize(encoder.head(encoder.trunk(images).mean((2, 3))), dim=1)
