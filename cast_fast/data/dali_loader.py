@@ -1,0 +1,590 @@
+"""From files to batches of crop pairs: one DALI pipeline for the CPU and for CUDA.
+
+An image is decoded once, its map once; the crop rule turns the map and the sample's random numbers into two windows;
+image and map are resized from the same windows, mirrored by the same swapped ends of the window, and the crops get
+their colour changes. On CUDA the JPEGs are decoded on the device ("mixed") and everything after the windows runs there;
+the map is decoded and the windows are chosen on the CPU, because a resize takes its region from CPU memory and PNG is
+decoded there anyway.
+
+DALI draws no random number. ``sampling`` does, as a function of the seed and the sample's position in the run, so a
+loader can start at any step.
+
+**Colour.** All in [0, 255] with one rounding and clamping at the end of the jitter, by DALI's ``color_twist``:
+``y = b (c (M x - 128) + 128)`` with factors b (brightness) and c (contrast), and M scaling the chroma of x by the
+saturation factor and turning it by the hue angle in YIQ. Grey is saturation 0 and takes the jitter's brightness and
+contrast along. Ranges are those of torchvision's ``ColorJitter``; the differences from it: a fixed order where
+torchvision shuffles the four, the contrast's pivot is 128 where torchvision takes the crop's mean luma, the hue turns
+in YIQ where torchvision turns in HSV, and nothing is clamped in between. Grey crops may differ by 1 between channels
+(rounding inside DALI). The blur follows, with a kernel cut at three standard deviations.
+
+**Buffers.** Batches share DALI's memory (DLPack, no copy). DALI's default executor never writes to an output that is
+still referenced, so a batch may be kept as long as one likes. On CUDA the outputs are bound to the stream that was
+current in torch when the batch was asked for: use them there, or make another stream wait for it, as with any tensor
+of torch's own caching allocator.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn as dali_fn
+from nvidia.dali import pipeline_def, types
+from torch import Tensor
+
+from cast_fast.data import sampling
+from cast_fast.data.batch import Batch
+from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows, unconstrained_windows
+from cast_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from cast_fast.config import PretrainConfig
+    from cast_fast.data.layout import Dataset
+
+logger = logging.getLogger("cast_fast")
+
+# DALI's stubs give each operator a union of all it can return, which no graph can be written against.
+fn: Any = dali_fn
+
+# Cells of the CAM grid are averaged from this many samples a side: worst error 0.8 % of a cell's area on 64 real maps.
+_SAMPLES_PER_CELL = 16
+
+_REFERENCE_SIZE = 224
+_MAX_REPLACEMENTS = 100
+
+
+class ViewParameters(NamedTuple):
+    """What is done to the views of n samples, column 0 the query and 1 the key; every field (n, 2)."""
+
+    mirrored: NDArray[np.bool_]
+    """Whether the view is flipped left to right."""
+    brightness: NDArray[np.float32]
+    """Factor; 1 leaves the view alone, and so for contrast and saturation."""
+    contrast: NDArray[np.float32]
+    saturation: NDArray[np.float32]
+    """0 makes the view grey."""
+    hue: NDArray[np.float32]
+    """Angle in degrees."""
+    blur_sigma: NDArray[np.float32]
+    """Standard deviation in pixels of the crop; 0 where the view is not blurred."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Augmentation:
+    """How views are varied beyond their windows; the meaning of each number is that of ``PretrainConfig``'s field.
+
+    Probabilities are in [0, 1]; brightness, contrast and saturation give factors uniform in [1 − v, 1 + v] (not below
+    0); hue is the largest turn as a fraction of a full one, uniform both ways; the blur's standard deviation is uniform
+    between its bounds, in pixels of a crop of side 224, and scales with the side.
+    """
+
+    flip_p: float = 0.5
+    grey_p: float = 0.2
+    jitter_p: float = 0.5
+    brightness: float = 0.4
+    contrast: float = 0.4
+    saturation: float = 0.4
+    hue: float = 0.4
+    blur_p: float = 0.0
+    blur_sigma_min: float = 0.1
+    blur_sigma_max: float = 2.0
+
+    def __post_init__(self) -> None:
+        for name in ("flip_p", "grey_p", "jitter_p", "blur_p"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected a probability")
+        if min(self.brightness, self.contrast, self.saturation) < 0 or not 0 <= self.hue <= 0.5:
+            raise ValueError(f"got {self}, expected jitter ranges >= 0 and hue in [0, 0.5]")
+        if not 0 < self.blur_sigma_min <= self.blur_sigma_max:
+            raise ValueError(f"got {self}, expected 0 < blur_sigma_min <= blur_sigma_max")
+
+    @classmethod
+    def from_config(cls, config: PretrainConfig) -> Augmentation:
+        """The fields of the same names."""
+        return cls(**{field.name: getattr(config, field.name) for field in dataclasses.fields(cls)})
+
+    @property
+    def changes_colour(self) -> bool:
+        return self.grey_p > 0 or self.jitter_p > 0
+
+    def parameters(self, uniform: NDArray[np.float64], size: int) -> ViewParameters:
+        """What the uniform numbers (n, 2, ``sampling.AUGMENT_DRAWS``) mean for crops of side ``size``.
+
+        Every number has its own use, so that changing one probability leaves all other decisions as they were:
+        flip, jitter, brightness, contrast, saturation, hue, grey, blur, standard deviation (the last one is spare).
+        """
+        flip, jitter, brightness, contrast, saturation, hue, grey, blur, sigma = np.moveaxis(uniform, -1, 0)[:9]
+        jittered = jitter < self.jitter_p
+
+        def factor(number: NDArray[np.float64], spread: float) -> NDArray[np.float64]:
+            low = max(0.0, 1 - spread)
+            return np.where(jittered, low + (1 + spread - low) * number, 1.0)
+
+        blur_sigma = self.blur_sigma_min + (self.blur_sigma_max - self.blur_sigma_min) * sigma
+        return ViewParameters(
+            flip < self.flip_p,
+            factor(brightness, self.brightness).astype(np.float32),
+            factor(contrast, self.contrast).astype(np.float32),
+            np.where(grey < self.grey_p, 0.0, factor(saturation, self.saturation)).astype(np.float32),
+            np.where(jittered, 360 * self.hue * (2 * hue - 1), 0.0).astype(np.float32),
+            np.where(blur < self.blur_p, blur_sigma * size / _REFERENCE_SIZE, 0.0).astype(np.float32),
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Recipe:
+    """What the pipeline's graph depends on."""
+
+    size: int
+    cam_grid: tuple[int, int]
+    rule: CropRule
+    constrained: bool
+    attention: bool
+    colour: bool
+    blur: bool
+    cuda: bool
+    native: bool
+
+    @property
+    def needs_maps(self) -> bool:
+        return self.constrained or self.attention
+
+
+class _Source:
+    """Feeds the pipeline: called with 0, 1, 2, … since it was built, gives the inputs of that step's batch.
+
+    The arrays' order is that of ``cast_pipeline``'s unpacking.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: sampling.GlobalOrder,
+        augmentation: Augmentation,
+        recipe: _Recipe,
+        broken: Collection[int],
+    ) -> None:
+        self.dataset, self.order, self.augmentation = dataset, order, augmentation
+        self.recipe, self.broken = recipe, broken
+        self.first_step = 0
+
+    def indices(self, step: int) -> NDArray[np.int64]:
+        """Dataset indices (batch,) of a step, with a stand-in at each position whose file is known to be broken."""
+        indices, positions = self.order.at(step)
+        if not self.broken:
+            return indices
+        indices = indices.copy()
+        for slot in np.flatnonzero(np.isin(indices, list(self.broken))):
+            for attempt in range(_MAX_REPLACEMENTS):
+                indices[slot] = sampling.replacement(self.order.length, self.order.seed, int(positions[slot]), attempt)
+                if indices[slot] not in self.broken:
+                    break
+        return indices
+
+    def __call__(self, iteration: int) -> list[Any]:
+        step = self.first_step + iteration
+        samples = [self.dataset.samples[index] for index in self.indices(step)]
+        draws = sampling.draw(self.order.seed, self.order.at(step)[1])
+        views = self.augmentation.parameters(draws.augment, self.recipe.size)
+        inputs: list[Any] = [[_encoded(sample.image) for sample in samples]]
+        if self.recipe.needs_maps:
+            inputs.append([_encoded(sample.saliency) for sample in samples])
+        if self.recipe.constrained:
+            inputs.append(draws.windows)
+        else:
+            sizes = [(sample.height, sample.width) for sample in samples]
+            windows = [unconstrained_windows(*size, random) for size, random in zip(sizes, draws.windows)]
+            inputs.append(np.stack([window.relative(*size) for window, size in zip(windows, sizes)]))
+        inputs.append(_mirrors(views.mirrored))
+        for column in (0, 1):
+            if self.recipe.colour:
+                inputs += [field[:, column] for field in views[1:5]]
+            if self.recipe.blur:
+                inputs.append(views.blur_sigma[:, column])
+        if self.recipe.attention:
+            inputs.append(np.array([not sample.empty for sample in samples], dtype=np.float32))
+        return [np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value for value in inputs]
+
+    def signature(self) -> tuple[list[Any], list[int]]:
+        """DALI types and numbers of dimensions of the inputs."""
+        kinds: list[tuple[Any, int]] = [(types.UINT8, 1)] * (2 if self.recipe.needs_maps else 1)
+        kinds.append((types.FLOAT64, 3) if self.recipe.constrained else (types.FLOAT, 2))
+        kinds.append((types.FLOAT, 2))
+        kinds += [(types.FLOAT, 0)] * (2 * (4 * self.recipe.colour + self.recipe.blur) + self.recipe.attention)
+        return [kind for kind, _ in kinds], [ndim for _, ndim in kinds]
+
+
+def _encoded(path: os.PathLike[str] | None) -> NDArray[np.uint8]:
+    assert path is not None  # the loader's constructor has checked that samples have the maps it needs
+    return np.frombuffer(os.fsencode(path), dtype=np.uint8)
+
+
+def _mirrors(mirrored: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """(n, 2 views) -> (n, 2 views, 2 axes): the share of the far end in a view's start; 1 swaps the ends of x."""
+    weights = np.zeros((*mirrored.shape, 2), dtype=np.float32)
+    weights[..., 1] = mirrored
+    return weights
+
+
+class _NumpyWindows:
+    """The crop rule as DALI calls it from one of its threads: a batch of maps and random numbers to windows."""
+
+    def __init__(self, rule: CropRule) -> None:
+        self.rule = rule
+
+    def __call__(
+        self, maps: Sequence[NDArray[np.uint8]], randoms: Sequence[NDArray[np.float64]]
+    ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.uint8]]]:
+        relative, fallback = [], []
+        for saliency, random in zip(maps, randoms):
+            height, width = saliency.shape[:2]
+            # The rule refuses an empty map; whether one may occur was settled when the dataset was checked.
+            if saliency.max() > THRESHOLD:
+                windows = crop_windows(saliency[..., 0], random, self.rule)
+            else:
+                windows = unconstrained_windows(height, width, random)
+            relative.append(windows.relative(height, width))
+            fallback.append(windows.fallback.astype(np.uint8))
+        return relative, fallback
+
+
+def _constrained_windows(saliency: Any, random: Any, recipe: _Recipe) -> tuple[Any, Any]:
+    """Relative corners (2, 4) float32 and fallback flags (2,) uint8, both in CPU memory, as DALI nodes."""
+    corners, fallback = fn.python_function(
+        saliency, random, function=_NumpyWindows(recipe.rule), batch_processing=True, num_outputs=2
+    )
+    return corners, fallback
+
+
+def _view(image: Any, start: Any, end: Any, appearance: dict[str, Any], blur_sigma: Any, size: int) -> Any:
+    """One crop of the decoded image, (size, size, 3) uint8, as a DALI node."""
+    view = fn.resize(image, size=(size, size), roi_start=start, roi_end=end, roi_relative=True, antialias=True)
+    if appearance:
+        view = fn.color_twist(view, **appearance)
+    return view if blur_sigma is None else _blurred(view, blur_sigma)
+
+
+def _blurred(view: Any, sigma: Any) -> Any:
+    # DALI's conditional: views that are not blurred skip the operator.
+    if sigma > 0:
+        result = fn.gaussian_blur(view, sigma=sigma)
+    else:
+        result = view
+    return result
+
+
+def _salient_share(salient: Any, start: Any, end: Any, grid: tuple[int, int]) -> Any:
+    """Share of salient area in each cell of a grid laid over the window: (G_h, G_w) float32, as a DALI node."""
+    rows, columns = grid
+    fine = fn.resize(
+        salient,
+        size=(rows * _SAMPLES_PER_CELL, columns * _SAMPLES_PER_CELL),
+        roi_start=start,
+        roi_end=end,
+        roi_relative=True,
+        antialias=True,
+        dtype=types.FLOAT,
+    )
+    cells = fn.reshape(fine, shape=(rows, _SAMPLES_PER_CELL, columns, _SAMPLES_PER_CELL), layout="")
+    return fn.reductions.mean(fn.reductions.mean(cells, axes=3), axes=1)
+
+
+@pipeline_def(enable_conditionals=True)
+def cast_pipeline(source: _Source, recipe: _Recipe) -> tuple[Any, ...]:
+    """The whole data path as a DALI graph.
+
+    Outputs, all but the last of a constrained pipeline on the recipe's device: query and key (S, S, 3) uint8; with
+    attention the query's salient share (G_h, G_w) float32, the key mask (S, S, 1) uint8 and the CAST weight () float32;
+    with constrained crops the fallback flags (2,) uint8 in CPU memory.
+    """
+    kinds, ndims = source.signature()
+    inputs = iter(fn.external_source(source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=ndims))
+    image = fn.decoders.image(
+        fn.io.file.read(next(inputs)),
+        device="mixed" if recipe.cuda else "cpu",
+        output_type=types.RGB,
+        adjust_orientation=False,  # else EXIF would turn the image and leave its map as it is
+    )
+    saliency: Any = None
+    if recipe.needs_maps:
+        saliency = fn.decoders.image(fn.io.file.read(next(inputs)), output_type=types.GRAY, adjust_orientation=False)
+    corners, fallback = next(inputs), None
+    if recipe.constrained:
+        corners, fallback = _constrained_windows(saliency, corners, recipe)
+
+    near, far, mirror = corners[:, 0:2], corners[:, 2:4], next(inputs)
+    start, end = near * (1 - mirror) + far * mirror, far * (1 - mirror) + near * mirror
+    views = []
+    for which in (0, 1):
+        appearance = {}
+        if recipe.colour:
+            appearance = {name: next(inputs) for name in ("brightness", "contrast", "saturation", "hue")}
+        blur_sigma = next(inputs) if recipe.blur else None
+        views.append(_view(image, start[which], end[which], appearance, blur_sigma, recipe.size))
+    outputs = [*views]
+
+    if recipe.attention:
+        salient = fn.cast(saliency > THRESHOLD, dtype=types.UINT8)
+        weight = next(inputs)
+        if recipe.cuda:
+            salient, weight = salient.gpu(), weight.gpu()
+        outputs.append(_salient_share(salient, start[0], end[0], recipe.cam_grid))
+        share = fn.resize(
+            salient,
+            size=(recipe.size, recipe.size),
+            roi_start=start[1],
+            roi_end=end[1],
+            roi_relative=True,
+            antialias=True,
+            dtype=types.FLOAT,
+        )
+        outputs.append(fn.cast(share > 0.5, dtype=types.UINT8))
+        outputs.append(weight)
+    if fallback is not None:
+        outputs.append(fallback)
+    return tuple(outputs)
+
+
+@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
+def _probe_pipeline(grey: bool, device: str) -> Any:
+    encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+    output = types.GRAY if grey else types.RGB
+    return fn.decoders.image(encoded, device=device, output_type=output, adjust_orientation=False)
+
+
+def _undecodable(
+    paths: Sequence[os.PathLike[str] | None], *, grey: bool, device: str, device_id: int | None
+) -> dict[int, str]:
+    """Tries each file alone, because DALI's error does not always name it: {place in ``paths``: DALI's reason}."""
+    refused: dict[int, str] = {}
+    pipeline = None
+    for place, path in enumerate(paths):
+        if pipeline is None:
+            pipeline = _probe_pipeline(grey, device, device_id=device_id)
+        try:
+            pipeline.run(path=[_encoded(path)])
+        except RuntimeError as error:
+            refused[place] = _reason(error)
+            pipeline = None  # one that has failed is not used again
+    return refused
+
+
+def _reason(error: BaseException) -> str:
+    """The informative line of DALI's many-line message."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if "encountered:" in lines:
+        lines = lines[lines.index("encountered:") + 1 :]
+    return lines[0] if lines else type(error).__name__
+
+
+class DaliLoader:
+    """An endless iterator over the batches of a run; starts at any step and yields what a run from 0 would yield there.
+
+    Args:
+        dataset: checked samples (``layout.usable``); with ``constrained`` or ``attention`` each has a map.
+        batch: N, pairs of this rank in a step.
+        size: S, side of the crops in pixels.
+        cam_grid: (G_h, G_w), the trunk's output grid, on which the query's saliency is averaged.
+        augmentation: flips, colour and blur.
+        rule: of the windows.
+        constrained: windows by the crop rule; otherwise plain random resized crops, flagged by nothing.
+        attention: make the maps of the attention loss.
+        seed: of the order and of everything random, 0 <= seed < 2**64.
+        device: ``"cpu"`` or ``"cuda"`` (the current CUDA device).
+        threads: DALI's CPU threads; 0 for one a core that this process may use. They change no result.
+        rank, world: this process among all; the global batch is ``batch * world``.
+        start_step: the first step to deliver.
+        native: windows by the native operator (True), by NumPy (False), or by the operator where it is built (None).
+        max_broken_share: a file that cannot be decoded is named in the log and replaced by another sample, the same one
+            in every run; once more than this share of the dataset is broken the loader stops.
+
+    Raises:
+        UserError: the dataset is smaller than a global batch; more files than tolerated are broken (from ``next``).
+        ValueError: another argument is out of range.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        batch: int,
+        size: int,
+        cam_grid: tuple[int, int],
+        augmentation: Augmentation,
+        rule: CropRule,
+        constrained: bool,
+        attention: bool,
+        seed: int,
+        device: str = "cpu",
+        threads: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        start_step: int = 0,
+        native: bool | None = None,
+        max_broken_share: float = 0.01,
+    ) -> None:
+        if device not in ("cpu", "cuda"):
+            raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
+        if size < 1 or min(cam_grid) < 1 or threads < 0:
+            raise ValueError(
+                f"got size={size}, cam_grid={cam_grid}, threads={threads}, expected positive sizes and threads >= 0"
+            )
+        self._recipe = _Recipe(
+            size=size,
+            cam_grid=cam_grid,
+            rule=rule,
+            constrained=constrained,
+            attention=attention,
+            colour=augmentation.changes_colour,
+            blur=augmentation.blur_p > 0,
+            cuda=device == "cuda",
+            native=constrained and _choose_native(native),
+        )
+        if self._recipe.needs_maps:
+            for sample in dataset.samples:
+                if sample.saliency is None:
+                    raise ValueError(f"{sample.image}: got no saliency map, expected one for constrained or attention")
+        self._order = sampling.GlobalOrder(len(dataset.samples), seed, batch, rank, world)
+        self._dataset = dataset
+        self._threads = threads or len(os.sched_getaffinity(0))
+        self._device_id = torch.cuda.current_device() if device == "cuda" else None
+        self._max_broken_share = max_broken_share
+        self.broken: dict[int, str] = {}
+        """Dataset index and reason of every sample found to be broken."""
+        self._source = _Source(dataset, self._order, augmentation, self._recipe, self.broken)
+        self._pipeline: Any = None
+        self.step = start_step
+        """The next step to be delivered."""
+        self.seek(start_step)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps in which the dataset is seen once, less the remainder that fills no global batch."""
+        return self._order.steps_per_epoch
+
+    @property
+    def native(self) -> bool:
+        """Whether the native operator chooses the windows."""
+        return self._recipe.native
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._pipeline is None:
+            raise ValueError("the loader is closed; seek() opens it again")
+        stream = torch.cuda.current_stream(self._device_id) if self._recipe.cuda else None
+        while True:
+            try:
+                outputs = self._pipeline.run(stream)
+                break
+            except RuntimeError as error:
+                self._find_broken(error)
+                self.seek(self.step)
+        batch = self._batch([torch.from_dlpack(output.as_tensor()) for output in outputs])
+        self.step += 1
+        return batch
+
+    def _batch(self, tensors: list[Tensor]) -> Batch:
+        query, key, *rest = tensors
+        saliency = mask = weight = fallback = None
+        if self._recipe.attention:
+            saliency, mask, weight, *rest = rest
+            mask = mask.squeeze(-1)
+        if self._recipe.constrained:
+            fallback = rest[0].bool()
+        return Batch(
+            query.permute(0, 3, 1, 2),
+            key.permute(0, 3, 1, 2),
+            saliency,
+            mask,
+            weight,
+            torch.from_numpy(np.array(self._source.indices(self.step))),
+            fallback,
+        )
+
+    def seek(self, step: int) -> None:
+        """Rebuilds the pipeline so that ``step`` is delivered next, with the very batches an uninterrupted run has.
+
+        Raises:
+            ValueError: a negative step.
+        """
+        if step < 0:
+            raise ValueError(f"step: got {step}, expected step >= 0")
+        self.close()
+        self._source.first_step = self.step = step
+        self._pipeline = cast_pipeline(
+            self._source,
+            self._recipe,
+            batch_size=self._order.batch,
+            num_threads=self._threads,
+            device_id=self._device_id,
+            prefetch_queue_depth=2,
+            seed=0,
+        )
+        self._pipeline.build()
+
+    def close(self) -> None:
+        """Stops DALI's threads and frees its buffers, except those of batches still in use."""
+        self._pipeline = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to go on from here: the step, and what must not change for it to mean the same."""
+        return {
+            "step": self.step,
+            "length": self._order.length,
+            "global_batch": self._order.global_batch,
+            "seed": self._order.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to the step of a ``state_dict``.
+
+        Raises:
+            UserError: the dataset's length, the global batch or the seed differ, so that the step would mean another
+                place in another order.
+        """
+        differing = [
+            f"{name} {state[name]} then, {own} now"
+            for name, own in self.state_dict().items()
+            if name != "step" and state[name] != own
+        ]
+        if differing:
+            raise UserError(f"the checkpoint's place in the data does not fit this run: {'; '.join(differing)}")
+        self.seek(int(state["step"]))
+
+    def _find_broken(self, error: RuntimeError) -> None:
+        """Names the files of the failed batch that DALI refuses; raises if there are none or too many."""
+        indices = self._source.indices(self.step)
+        found = 0
+        samples = [self._dataset.samples[index] for index in indices]
+        for grey in (False, True) if self._recipe.needs_maps else (False,):
+            paths = [sample.saliency if grey else sample.image for sample in samples]
+            device = "mixed" if self._recipe.cuda and not grey else "cpu"
+            for slot, reason in _undecodable(paths, grey=grey, device=device, device_id=self._device_id).items():
+                found += 1
+                if int(indices[slot]) not in self.broken:
+                    self.broken[int(indices[slot])] = f"{paths[slot]}: {reason}"
+                    logger.warning("left out a file that DALI cannot decode: %s: %s", paths[slot], reason)
+        if not found:
+            raise error
+        length = self._order.length
+        if len(self.broken) > self._max_broken_share * length:
+            raise UserError(
+                f"{next(reversed(self.broken.values()))} (cannot be decoded; {len(self.broken)} of {length} samples "
+                f"are broken, tolerated: {self._max_broken_share:.1%}; `cast-fast validate` lists all)"
+            ) from error
+
+
+def _choose_native(wanted: bool | None) -> bool:
+    """Settles once which code chooses the windows, and logs it."""
+    if wanted:
+        raise ValueError("native=True: the native operator is not built")
+    logger.info("crop windows by NumPy (%s)", "as asked" if wanted is False else "the native operator is not built")
+    return False
