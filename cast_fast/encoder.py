@@ -125,11 +125,12 @@ def build_trunk(arch: str) -> tuple[nn.Sequential, int]:
         close = difflib.get_close_matches(arch, known, n=3) or known
         raise UserError(f"--arch: got {arch!r}, expected a ResNet of torchvision such as {', '.join(close)}")
     network = torchvision.models.get_model(arch, weights=None)
+    assert isinstance(network, torchvision.models.ResNet)
     trunk = nn.Sequential()
     for name, module in network.named_children():
         if name not in ("avgpool", "fc"):
             trunk.add_module(name, module)
-    return trunk, network.fc.in_features
+    return trunk, int(network.fc.in_features)
 
 
 def build_encoder(arch: str, dim: int, head: str) -> Encoder:

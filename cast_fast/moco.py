@@ -64,7 +64,8 @@ class MoCo(nn.Module):
             momentum: m in [0, 1].
             gate: 0-dimensional bool on the device; where it is false, nothing is changed.
         """
-        keys, queries = list(self.key.parameters()), list(self.query.parameters())
+        keys: list[Tensor] = list(self.key.parameters())
+        queries: list[Tensor] = list(self.query.parameters())
         if gate is None:
             torch._foreach_lerp_(keys, queries, 1.0 - momentum)
             return

@@ -113,7 +113,7 @@ def pull_back(head: nn.Module, pooled: Tensor, vector: Tensor) -> Tensor:
     if own is not None:
         return own(pooled, vector)
     scratch = {name: buffer.clone() for name, buffer in head.named_buffers()}
-    _, pull = torch.func.vjp(lambda inputs: torch.func.functional_call(head, scratch, (inputs,)), pooled)
+    pull = torch.func.vjp(lambda inputs: torch.func.functional_call(head, scratch, (inputs,)), pooled)[1]
     return pull(vector)[0]
 
 

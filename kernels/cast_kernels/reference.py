@@ -11,8 +11,8 @@ Naik, CVPR 2021); InfoNCE with a queue of keys is MoCo (He et al., CVPR 2020).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -247,6 +247,24 @@ def info_nce_combine(
     return info_nce_terms(query, key, merged, temperature, queue_dtype).loss, merged.beaten
 
 
+class TrunkAndHead(Protocol):
+    """An encoder whose activations can be reached: images → ``trunk`` → spatial mean → ``head`` → normalisation."""
+
+    @property
+    def trunk(self) -> nn.Module:
+        """Images (N, 3, S, S) → activations (N, C, H, W)."""
+        ...
+
+    @property
+    def head(self) -> nn.Module:
+        """(N, C) → (N, D)."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, in the same order for query and key encoder."""
+        ...
+
+
 class StepLosses(NamedTuple):
     """What a formulation of the whole objective returns; ``loss`` carries the graph of every parameter's gradient."""
 
@@ -314,8 +332,8 @@ def _cross_entropy(embedding: Tensor, key: Tensor, queue: Tensor, temperature: f
 
 
 def one_pass_step_losses(
-    query: nn.Module,
-    key: nn.Module,
+    query: TrunkAndHead,
+    key: TrunkAndHead,
     queue: Tensor,
     query_images: Tensor,
     key_images: Tensor,
@@ -328,7 +346,7 @@ def one_pass_step_losses(
     """Losses of a step with one forward pass of the query encoder and Grad-CAM by double backward.
 
     Args:
-        query, key: encoders with the members ``trunk`` and ``head`` as in ``plain_cast_objective``; in train mode.
+        query, key: the encoders, in train mode.
         queue: (K, D) normalised negatives.
         query_images, key_images, masked_key_images: (N, 3, S, S), normalised.
         saliency: (N, H, W) in [0, 1].
@@ -344,8 +362,8 @@ def one_pass_step_losses(
 
 
 def published_step_losses(
-    query: nn.Module,
-    key: nn.Module,
+    query: TrunkAndHead,
+    key: TrunkAndHead,
     queue: Tensor,
     query_images: Tensor,
     key_images: Tensor,
@@ -382,8 +400,8 @@ def published_step_losses(
 
 
 def _published_pass(
-    query: nn.Module,
-    key: nn.Module,
+    query: TrunkAndHead,
+    key: TrunkAndHead,
     queue: Tensor,
     query_images: Tensor,
     key_images: Tensor,
@@ -402,6 +420,6 @@ def _published_pass(
     return logits, activations, keys
 
 
-def _embed(encoder: nn.Module, images: Tensor) -> Tensor:
+def _embed(encoder: TrunkAndHead, images: Tensor) -> Tensor:
     """(N, D) normalised embeddings."""
     return F.normalize(encoder.head(encoder.trunk(images).mean((2, 3))), dim=1)

@@ -1,0 +1,326 @@
+"""One training step of CAST: from two uint8 crops a sample to updated encoders, optimizer and queue.
+
+The order is fixed: normalise and mask the crops; embed keys and masked keys (two passes of the key encoder, each with
+the BatchNorm statistics of its own batch); one pass of the query encoder; losses; backward; clip; SGD; momentum update;
+enqueue the keys. Everything up to the losses is one graph under ``torch.compile``; the updates are a few multi-tensor
+kernels. Nothing waits for the device: whether loss and gradient are finite is decided there, and if they are not the
+step leaves weights, BatchNorm statistics, optimizer state and queue bitwise as they were.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from cast_fast.moco import MoCo
+from cast_fast.objective import Losses, Objective, contrastive_attention_loss
+from cast_fast.optim import make_gateable
+
+if TYPE_CHECKING:
+    from cast_fast.data.batch import Batch
+
+log = logging.getLogger("cast_fast")
+
+IMAGE_MEAN = (0.485, 0.456, 0.406)
+IMAGE_STD = (0.229, 0.224, 0.225)
+"""ImageNet's RGB statistics, for values in [0, 1]; every ResNet export of the project names the same."""
+
+PRECISIONS = ("auto", "fp32", "bf16")
+
+
+class StepMetrics(NamedTuple):
+    """What one step measured: 0-dimensional tensors on the device, to be read by the host a step or two later."""
+
+    loss: Tensor
+    """The total that is optimised."""
+    loss_moco: Tensor
+    """Mean InfoNCE loss."""
+    loss_cast: Tensor
+    """Weighted mean attention loss; 0 without one."""
+    accuracy: Tensor
+    """Share of the samples whose key beats every negative."""
+    grad_norm: Tensor
+    """Norm of the whole gradient before clipping."""
+    finite: Tensor
+    """bool: loss and gradient are finite, and so the step was taken."""
+    cast_samples: Tensor
+    """Sum of the attention weights: samples that had part in the attention loss."""
+    zero_cam: Tensor
+    """Samples in the attention loss whose Grad-CAM map is zero everywhere."""
+    empty_key_mask: Tensor
+    """Samples left out of the attention loss because their key mask has no salient pixel."""
+
+
+def has_bf16_matrix_hardware(device: torch.device) -> bool:
+    """Whether bfloat16 products run on matrix units: tensor cores on CUDA, AMX on a CPU.
+
+    AVX512-BF16 does not count: the trunk was measured several times slower with it than in float32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
+        return bool(probe is not None and probe())
+    return False
+
+
+def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
+    """The arithmetic of the trunk, ``torch.bfloat16`` (autocast) or ``torch.float32``; what ``auto`` chose is logged.
+
+    Args:
+        precision: ``"fp32"`` and ``"bf16"`` are obeyed; ``"auto"`` is bf16 where there is matrix hardware for it.
+        device: where the step runs.
+
+    Raises:
+        ValueError: unknown ``precision``.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    if precision == "auto":
+        fast = has_bf16_matrix_hardware(device)
+        log.info(
+            "precision %s: %s %s bf16 matrix hardware", "bf16" if fast else "fp32", device, "has" if fast else "lacks"
+        )
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def compile_fault(device: torch.device) -> str | None:
+    """Why ``torch.compile`` does not work for this device, or ``None`` where a small trial compiles and runs."""
+    try:
+        torch.compile(lambda x: (x + 1).relu(), fullgraph=True)(torch.ones(8, device=device))
+    except Exception as error:  # whatever the compiler throws is the answer
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+class TrainStep:
+    """The training step of a ``MoCo`` model; call it with a batch and a learning rate.
+
+    Build it after the model is on its device. It holds no state of its own: a checkpoint of ``model.state_dict()`` and
+    ``optimizer.state_dict()`` continues as if never stopped.
+
+    Args:
+        model: put into train mode here.
+        optimizer: a fused optimizer over the query encoder (``optim.build_optimizer``).
+        objective: losses and their weights.
+        momentum: m of the key encoder.
+        precision: ``"auto"``, ``"fp32"`` or ``"bf16"``; see ``resolve_precision``. Head, map and losses are always in
+            float32. A float64 model stays in float64.
+        compile: compile forward pass and losses as one graph (the first step then takes a minute or more on a CPU).
+        kernels: use the fused losses of ``cast_kernels``.
+        clip_grad: largest norm of the gradient, 0 for no clipping.
+
+    Raises:
+        ValueError: an optimizer that is not fused, or a setting out of range.
+    """
+
+    def __init__(
+        self,
+        model: MoCo,
+        optimizer: Optimizer,
+        *,
+        objective: Objective,
+        momentum: float = 0.999,
+        precision: str = "auto",
+        compile: bool = True,
+        kernels: bool = False,
+        clip_grad: float = 0.0,
+    ) -> None:
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1]")
+        if not clip_grad >= 0:
+            raise ValueError(f"clip_grad: got {clip_grad}, expected at least 0")
+        make_gateable(optimizer)
+        weights = next(model.query.parameters())
+        self.model = model.train()
+        self.optimizer = optimizer
+        self.objective = objective
+        self.momentum = momentum
+        self.clip_grad = clip_grad
+        self.kernels = kernels
+        self.dtype = resolve_precision(precision, weights.device) if weights.dtype == torch.float32 else weights.dtype
+        """Arithmetic of the trunk."""
+        self._losses = torch.compile(step_losses, fullgraph=True, dynamic=False) if compile else step_losses
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._statistics = _Undo([*model.query.buffers(), *model.key.buffers()])
+        mean, std = (weights.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._layout_checked = False
+
+    def __call__(self, batch: Batch, lr: float) -> StepMetrics:
+        """Takes one step.
+
+        Args:
+            batch: N pairs, on the model's device; N at most the size of the queue.
+            lr: learning rate of this step.
+
+        Raises:
+            ValueError: a batch without the maps that the attention loss needs, or larger than the queue.
+        """
+        attention = self.objective.attention
+        if attention and (batch.query_saliency is None or batch.key_mask is None):
+            raise ValueError("batch: got no query_saliency or no key_mask, expected both for the attention loss")
+        if len(batch.query) > len(self.model.queue):
+            raise ValueError(f"batch: got {len(batch.query)} samples, expected at most {len(self.model.queue)} (queue)")
+        self.optimizer.zero_grad(set_to_none=True)
+        self._statistics.save()
+        losses, keys, empty_key_mask = self._losses(
+            self.model,
+            batch.query,
+            batch.key,
+            batch.key_mask if attention else None,
+            batch.query_saliency if attention else None,
+            batch.weight if attention else None,
+            self._scale,
+            self._shift,
+            self.objective,
+            self.dtype,
+            self.kernels,
+        )
+        losses.loss.backward()
+        loss = losses.loss.detach()
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        finite = loss.isfinite() & grad_norm.isfinite()
+        self._optimize(lr, grad_norm, finite)
+        self._statistics.undo_unless(finite)
+        self.model.momentum_update(self.momentum, gate=finite)
+        self.model.queue.enqueue(keys, gate=finite)
+        return StepMetrics(
+            loss,
+            losses.loss_moco,
+            losses.loss_cast,
+            losses.accuracy,
+            grad_norm,
+            finite,
+            losses.cast_samples,
+            losses.zero_cam,
+            empty_key_mask,
+        )
+
+    def _optimize(self, lr: float, grad_norm: Tensor, finite: Tensor) -> None:
+        """One update by the optimizer: clipped, and suppressed on the device where ``finite`` is false.
+
+        Fused optimizers divide the gradient by ``grad_scale`` and do nothing where ``found_inf`` is 1, by the protocol
+        between them and torch's GradScaler; so clipping costs no pass over the gradients of its own.
+        """
+        if not self._layout_checked:
+            # torch's fused CPU kernel walks over raw memory: other strides would pair the wrong elements in silence.
+            assert all(p.grad is None or _same_layout(p, p.grad) for p in self._parameters)
+            self._layout_checked = True
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        scale = (grad_norm / self.clip_grad).clamp(min=1).float() if self.clip_grad > 0 else None
+        vars(self.optimizer).update(grad_scale=scale, found_inf=(~finite).float())
+        try:
+            self.optimizer.step()
+        finally:
+            del self.optimizer.grad_scale, self.optimizer.found_inf
+
+
+def step_losses(
+    model: MoCo,
+    query: Tensor,
+    key: Tensor,
+    key_mask: Tensor | None,
+    saliency: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    objective: Objective,
+    dtype: torch.dtype,
+    kernels: bool,
+) -> tuple[Losses, Tensor, Tensor]:
+    """Forward passes and losses of a step, from uint8 crops; the region that is compiled.
+
+    Args:
+        model: its BatchNorm statistics are updated, its queue is only read.
+        query, key: (N, 3, S, S) uint8 RGB crops.
+        key_mask: (N, S, S) uint8, 1 where the key crop is salient; ``None`` without attention loss.
+        saliency: (N, H, W) salient share of the cells of the query crop; ``None`` without attention loss.
+        weight: (N,) attention weights, 1 by default.
+        scale, shift: (1, 3, 1, 1); normalised = value · scale + shift.
+        objective: settings.
+        dtype: arithmetic of the trunk; bfloat16 is autocast.
+        kernels: use the fused losses of ``cast_kernels``.
+
+    Returns:
+        the losses, the keys (N, D) to enqueue, and how many samples lost their attention weight to an empty key mask.
+    """
+    empty_key_mask = torch.zeros((), dtype=torch.int64, device=query.device)
+    masked_key = None
+    with torch.autocast(query.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        key_images = _normalise(key, scale, shift)
+        with torch.no_grad():
+            keys = model.key(key_images).embedding
+            if key_mask is not None:
+                salient = key_mask > 0
+                masked_key = model.key(torch.where(salient[:, None], key_images, 0)).embedding
+                weight = torch.ones_like(keys[:, 0]) if weight is None else weight
+                empty = ~salient.flatten(1).any(dim=1)
+                empty_key_mask = (empty & (weight > 0)).sum()
+                weight = torch.where(empty, 0, weight)
+        output = model.query(_normalise(query, scale, shift))
+    losses = contrastive_attention_loss(
+        output,
+        model.query.head,
+        keys,
+        model.queue.keys,
+        objective,
+        masked_key=masked_key,
+        saliency=saliency,
+        attention_weight=weight,
+        kernels=kernels,
+    )
+    return losses, keys, empty_key_mask
+
+
+def _normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """uint8 (N, 3, S, S) → normalised, in the dtype of ``scale`` and in channels-last memory."""
+    return (images.to(scale.dtype) * scale + shift).contiguous(memory_format=torch.channels_last)
+
+
+def _same_layout(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors of one shape lie in memory in the same order; strides of dimensions of size 1 say nothing."""
+    return all(size == 1 or a == b for size, a, b in zip(first.shape, first.stride(), second.stride()))
+
+
+class _Undo:
+    """Takes back what a step wrote to a set of small tensors, where a flag on the device says so.
+
+    The tensors of one dtype are gathered in one flat copy, so that it takes a handful of kernels and not a few for each
+    of the hundreds of BatchNorm statistics. The tensors themselves keep their memory: views of one flat buffer would be
+    aliased inputs to the compiled graph.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for tensor in tensors:
+            by_dtype.setdefault(tensor.dtype, []).append(tensor)
+        self._groups = [(live, *_flat_copy(live), *_flat_copy(live)) for live in by_dtype.values()]
+
+    @torch.no_grad()
+    def save(self) -> None:
+        """Copies the present values."""
+        for live, _, saved, _, _ in self._groups:
+            torch._foreach_copy_(saved, live)
+
+    @torch.no_grad()
+    def undo_unless(self, keep: Tensor) -> None:
+        """Where ``keep`` (0-dimensional bool) is false, writes the saved values back."""
+        for live, flat_saved, _, flat_present, present in self._groups:
+            torch._foreach_copy_(present, live)
+            torch.where(keep, flat_present, flat_saved, out=flat_present)
+            torch._foreach_copy_(live, present)
+
+
+def _flat_copy(tensors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Uninitialised memory for all tensors in one row, and its views in their shapes."""
+    flat = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=tensors[0].dtype, device=tensors[0].device)
+    views = [part.view(tensor.shape) for part, tensor in zip(flat.split([t.numel() for t in tensors]), tensors)]
+    return flat, views
