@@ -1,0 +1,186 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in phases, most valuable first; a call lasts at most nine minutes.
+#
+#   benchmarks/gpu_check.sh OUTDIR [--dry-run] [--only PHASE]... [--redo PHASE]...
+#
+# Each phase keeps its files and its log in OUTDIR/PHASE and writes OUTDIR/PHASE/status when it has ended; a later call
+# with the same OUTDIR skips what has ended and goes on. A phase cut off by the end of the call is started again by the
+# next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz holds the small files of all.
+#
+# Needs a CUDA device and a Python (3.10 or later) with torch, Triton, torchvision, NumPy, rich, matplotlib and pytest;
+# installs nothing and uses no network. PYTHON names the interpreter; CAST_FAST_COMMIT names the commit where the tree
+# was copied without its .git; GPU_CHECK_SECONDS (530) is the length of a call.
+#
+# Exit code: 0 all phases have ended well, 1 all have ended and some failed, 2 wrong use or no CUDA device,
+# 75 phases are left for the next call.
+set -uo pipefail
+
+usage() { sed -n '4s/^#   /usage: /p' "$0"; }
+fail() { printf 'gpu_check.sh: error: %s\n' "$1" >&2; exit 2; }
+
+# name | seconds without which it is not started | its time limit | what it does
+PHASES=(
+  "environment|30|80|device, versions, measured ceilings: copy, matrix product, ResNet-50 convolutions"
+  "tests|60|200|the tests marked gpu"
+  "ladder-256|200|420|throughput ladder at batch 256"
+  "kernels|60|300|each kernel against eager, torch.compile and its byte floor"
+  "memcheck|60|240|compute-sanitizer memcheck on the kernels"
+  "racecheck|60|240|compute-sanitizer racecheck on the kernels"
+  "ladder-512|150|300|throughput ladder at batch 512"
+  "ladder-128|150|300|throughput ladder at batch 128"
+  "ladder-64|150|300|throughput ladder at batch 64"
+  "profile|90|200|torch.profiler: where the time of a step goes"
+  "memory|90|300|the largest batch that fits, product against published-amp"
+  "loader|90|400|native crop operator, DALI loader, end to end"
+)
+
+out="" dry_run=0 only=" " redo=" "
+while (($#)); do
+  case $1 in
+    --dry-run) dry_run=1 ;;
+    --only | --redo)
+      (($# > 1)) || fail "$1: expected a phase"
+      printf '%s\n' "${PHASES[@]}" | grep -q "^$2|" ||
+        fail "$1: got $2, expected one of $(printf '%s\n' "${PHASES[@]}" | cut -d'|' -f1 | paste -sd' ')"
+      if [[ $1 == --only ]]; then only+="$2 "; else redo+="$2 "; fi
+      shift ;;
+    -h | --help) usage; exit 0 ;;
+    -*) fail "unknown flag $1 ($(usage))" ;;
+    *) [[ -z $out ]] || fail "one OUTDIR expected, got $out and $1 ($(usage))"; out=$1 ;;
+  esac
+  shift
+done
+[[ -n $out ]] || fail "OUTDIR is missing ($(usage))"
+[[ ! -e $out || -d $out ]] || fail "OUTDIR: $out is not a folder"
+
+status_of() { if [[ -s $out/$1/status ]]; then head -n 1 "$out/$1/status"; else echo waiting; fi; }
+wanted() { [[ $only == " " || $only == *" $1 "* ]]; }
+ended() { [[ $(status_of "$1") != waiting && $redo != *" $1 "* ]]; }
+
+if ((dry_run)); then
+  printf '%-12s %6s %6s  %-8s %s\n' phase needs limit status what
+  for row in "${PHASES[@]}"; do
+    IFS='|' read -r name needs limit what <<<"$row"
+    wanted "$name" || continue
+    printf '%-12s %5ss %5ss  %-8s %s\n' "$name" "$needs" "$limit" "$(status_of "$name" | cut -d' ' -f1)" "$what"
+  done
+  exit 0
+fi
+
+root=$(cd "$(dirname "$0")/.." && pwd)
+python=${PYTHON:-}
+if [[ -z $python ]]; then
+  python=python3
+  [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
+fi
+command -v "$python" >/dev/null || fail "PYTHON: $python not found"
+"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch; name another interpreter with PYTHON=…"
+"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
+  fail "torch finds no CUDA device here; --dry-run lists the phases"
+
+budget=${GPU_CHECK_SECONDS:-530}
+[[ $budget =~ ^[0-9]+$ ]] || fail "GPU_CHECK_SECONDS: got $budget, expected a number of seconds"
+mkdir -p "$out" || fail "OUTDIR: cannot make $out"
+out=$(cd "$out" && pwd)
+cd "$root" || exit 2
+export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1 MPLBACKEND=Agg
+has() { "$python" -c "import $1" 2>/dev/null; }
+
+# A phase gets its folder as $1 and its seconds as $2. 77 says that it does not apply here; its last line says why.
+ladder() { # folder seconds batch flags…
+  local folder=$1 seconds=$2 batch=$3
+  shift 3
+  "$python" benchmarks/throughput.py --device cuda --arch resnet50 --size 224 --batch "$batch" --out "$folder" \
+    --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@"
+}
+phase_environment() {
+  nvidia-smi >"$1/nvidia-smi.txt" 2>&1
+  "$python" -m pip list >"$1/packages.txt" 2>&1
+  "$python" benchmarks/ceilings.py --device cuda --out "$1"
+}
+phase_tests() {
+  local workers=()
+  has xdist && workers=(--numprocesses 4)
+  CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
+    --durations=10 --junitxml "$1/junit.xml" "${workers[@]}"
+}
+phase_ladder-256() { ladder "$1" "$2" 256 --variants published,published-amp,one-pass,closed-form,compiled,kernels,moco,trunk-bound; }
+phase_ladder-512() { ladder "$1" "$2" 512 --variants published-amp,compiled,kernels,moco,trunk-bound; }
+phase_ladder-128() { ladder "$1" "$2" 128 --variants published-amp,compiled,kernels,moco,trunk-bound; }
+phase_ladder-64() { ladder "$1" "$2" 64 --variants published-amp,compiled,kernels,moco,trunk-bound; }
+phase_kernels() { "$python" benchmarks/kernels.py --device cuda --out "$1"; }
+sanitize() { # folder tool
+  command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 77; }
+  # Without torch's caching allocator every tensor is an allocation of its own, so that a step past its end is seen.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" --error-exitcode 99 --log-file "$1/$2.txt" \
+    "$python" benchmarks/sanitizer_cases.py
+}
+phase_memcheck() { sanitize "$1" memcheck; }
+phase_racecheck() { sanitize "$1" racecheck; }
+phase_profile() { "$python" benchmarks/profile_step.py --device cuda --out "$1"; }
+phase_memory() {
+  local batch
+  batch=$("$python" benchmarks/report.py "$out" --largest-batch) || { echo "$batch"; return 77; }
+  echo "largest batch expected to fit: $batch"
+  ladder "$1" "$2" "$batch" --variants kernels --repeats 1
+}
+phase_loader() {
+  has nvidia.dali || { echo "DALI is not installed: no loader, no end-to-end line"; return 77; }
+  "$python" benchmarks/loader.py --device cuda --out "$1/loader" || return
+  ladder "$1" "$2" 256 --variants kernels,loader,end-to-end --repeats 3
+}
+
+left=0 failed=0
+for row in "${PHASES[@]}"; do
+  IFS='|' read -r name needs limit what <<<"$row"
+  wanted "$name" || continue
+  if ended "$name"; then
+    echo "== $name: $(status_of "$name") (ended in an earlier call)"
+    [[ $(status_of "$name") =~ ^(ok|skipped) ]] || failed=1
+    continue
+  fi
+  remaining=$((budget - SECONDS - 5))
+  if ((remaining < needs)); then
+    echo "== $name: left for the next call ($remaining s remain, it needs $needs s)"
+    left=1
+    continue
+  fi
+  allotted=$((remaining < limit ? remaining : limit))
+  folder=$out/$name
+  mkdir -p "$folder"
+  rm -f "$folder/status"
+  echo "== $name: $what (at most $allotted s)"
+  begin=$SECONDS
+  (
+    # timeout runs programs, not functions: it gets a shell that knows them.
+    export -f ladder sanitize has "phase_$name"
+    export python out
+    timeout --signal=TERM --kill-after=5 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
+  ) >"$folder/log.txt" 2>&1
+  rc=$?
+  took=$((SECONDS - begin))
+  tail -n 25 "$folder/log.txt"
+  case $rc in
+    0) result="ok" ;;
+    77) result="skipped: $(tail -n 1 "$folder/log.txt")" ;;
+    124 | 137)
+      if ((allotted < limit)); then
+        echo "== $name: cut off after $took s by the end of the call; the next call starts it again"
+        left=1
+        continue
+      fi
+      result="failed: over its limit of $limit s; what it wrote before is kept" ;;
+    *) result="failed: exit code $rc" ;;
+  esac
+  [[ $result =~ ^(ok|skipped) ]] || failed=1
+  printf '%s\n%s s\n' "$result" "$took" >"$folder/status"
+  echo "== $name: $result, $took s"
+  "$python" benchmarks/report.py "$out" || echo "gpu_check.sh: no report could be written" >&2
+done
+
+(cd "$out" && find . -type f -size -4M ! -name gpu_check.tar.gz -print0 | tar --null -czf gpu_check.tar.gz -T -)
+if ((left)); then
+  echo "gpu_check.sh: phases are left; call again with the same OUTDIR"
+  exit 75
+fi
+exit $failed
