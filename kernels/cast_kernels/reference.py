@@ -149,7 +149,7 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> t
         positive, so that contrastive top-k accuracy is the share of ``beaten < k``.
     """
     dtype = wide_dtype(query, key, queue)
-    q, k = query.to(queue.dtype).to(dtype), key.to(queue.dtype).to(dtype)
+    q, k = _rounded(query, queue.dtype, dtype), _rounded(key, queue.dtype, dtype)
     positive = (q * k).sum(1, keepdim=True)
     negatives = q @ queue.detach().to(dtype).T
     logits = torch.cat([positive, negatives], 1) / temperature
@@ -234,17 +234,36 @@ def info_nce_terms(
     empty = partials.total == 0
     mean = partials.weighted / torch.where(empty, torch.ones_like(partials.total), partials.total)[:, None]
     gradient = probability[:, None] * (mean - k) / temperature
-    # max(margin, 0) + log1p(exp(-|margin|)) rather than torch's softplus, which drops the tail beyond its threshold.
-    loss = margin.clamp(min=0) + torch.log1p(torch.exp(-margin.abs()))
+    # Not torch's softplus, which drops the tail beyond its threshold.
+    loss = torch.logaddexp(margin, torch.zeros_like(margin))
     return InfoNCETerms(loss, gradient, probability)
 
 
 def info_nce_combine(
     query: Tensor, key: Tensor, partials: Sequence[Partials], temperature: float, queue_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """``info_nce``'s results from the partials of all shards. Not differentiable here (the operator is)."""
+    """``info_nce`` from the partials of all shards, with its gradients in query and key.
+
+    The sums are constants to autograd. Around the query S has the value given and the derivative U / T, so a term that is
+    zero with that derivative makes everything else an ordinary expression.
+    """
     merged = merge_partials(partials)
-    return info_nce_terms(query, key, merged, temperature, queue_dtype).loss, merged.beaten
+    dtype = wide_dtype(query, key, merged.total)
+    q, k = _rounded(query, queue_dtype, dtype), _rounded(key, queue_dtype, dtype)
+    empty = merged.total == 0
+    total = torch.where(empty, torch.ones_like(merged.total), merged.total)
+    total = total + ((q - q.detach()) * merged.weighted).sum(1) / temperature
+    # Only an empty queue has no weight at all; its maximum may be -inf.
+    maximum = torch.where(empty, torch.zeros_like(merged.maximum), merged.maximum)
+    margin = maximum + total.log() - (q * k).sum(1) / temperature
+    loss = torch.logaddexp(margin, torch.zeros_like(margin))
+    return torch.where(empty, torch.zeros_like(loss), loss), merged.beaten
+
+
+def _rounded(tensor: Tensor, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
+    """The tensor rounded to ``narrow``, in ``wide``; to autograd the rounding is the identity."""
+    exact = tensor.to(wide)
+    return exact + (exact.detach().to(narrow).to(wide) - exact.detach())
 
 
 class TrunkAndHead(Protocol):
