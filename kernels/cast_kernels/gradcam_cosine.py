@@ -17,23 +17,23 @@ Backward, with the upstream gradient of the sample's loss as a factor::
 
 dalpha needs A again, after cos and the norms are known; but it is linear in the two sums
 ``u_c = sum_p s_p 1[cam_p > 0] A_cp`` and ``v_c = sum_p cam_p A_cp``, and row p of A (all channels of one position) is
-complete when cam_p is known. So one program takes one sample, reads A row by row, and keeps alpha, u and v in registers:
-A is read once for the whole step, and backward does not read it at all.
+complete when cam_p is known. So one program takes one sample, reads A row by row, and keeps alpha, u and v in
+registers: A is read once for the whole step, and backward does not read it at all.
 
-The form ``gradcam_cosine_from_gradient`` takes ∂d/∂A instead of alpha (alpha is its spatial mean), for activations that
-are not followed by pooling; the same program sweeps the gradient first.
+The form ``gradcam_cosine_from_gradient`` takes ∂d/∂A instead of alpha (alpha is its spatial mean), for activations
+that are not followed by pooling; the same program sweeps the gradient first.
 
 Bytes, N = 256, C = 2048, 7×7, bfloat16: A 51.4 MB, alpha and dalpha 2.1 MB each in float32, maps 0.15 MB: 55.7 MB,
 against 107 MB for separate forward and dalpha kernels. The form from the gradient reads 51.4 MB more.
 
-Memory format: channels-last is the fast path (A rows are contiguous; 128-bit loads where C is a multiple of 8). Any other
-strides are accepted as they are, without a copy. For contiguous NCHW each lane then loads single elements 2·P bytes apart,
-so that up to 32 bytes are fetched for each 2 used: expect it to be several times slower, and convert once upstream. The
-first such call logs a warning.
+Memory format: channels-last is the fast path (A rows are contiguous; 128-bit loads where C is a multiple of 8). Any
+other strides are accepted as they are, without a copy. For contiguous NCHW each lane then loads single elements 2·P
+bytes apart, so that up to 32 bytes are fetched for each 2 used: expect it to be several times slower, and convert
+once upstream. The first such call logs a warning.
 
-The reference wins in float64 (CPU only), where a gradient through ``cam`` itself or a second derivative is wanted, and for
-so few samples that a GPU cannot be filled (one program a sample). Beyond ``MAX_ROW_CHANNELS`` channels a row no longer
-fits in registers, and A is read twice.
+The reference wins in float64 (CPU only), where a gradient through ``cam`` itself or a second derivative is wanted,
+and for so few samples that a GPU cannot be filled (one program a sample). Beyond ``MAX_ROW_CHANNELS`` channels a row
+no longer fits in registers, and A is read twice.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ _log = logging.getLogger("cast_kernels")
 def _cosine_terms(cam, saliency):
     """Loss and slope of one sample; cam (P,) and saliency (P,), zero beyond the map.
 
-    Both are scaled by their largest entry before squaring, so that any float32 magnitude gives a right cosine. A NaN or an
-    infinity in either gives a NaN loss.
+    Both are scaled by their largest entry before squaring, so that any float32 magnitude gives a right cosine. A NaN
+    or an infinity in either gives a NaN loss.
     """
     zero = (tl.sum(cam, 0) == 0) | (tl.sum(tl.abs(saliency), 0) == 0)
     cam_scale = tl.where(zero, 1.0, tl.max(cam, 0))
@@ -300,7 +300,7 @@ def _wide_kernel(
 
 
 def _outputs(activations: Tensor, with_gradient: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Empty loss (N,), cam (N, H, W), slope (N, H, W) and alpha_gradient (N, C); the last two of size 0 if not wanted."""
+    """Empty loss (N,), cam (N, H, W), slope (N, H, W), alpha_gradient (N, C); the last two of size 0 if not wanted."""
     samples, channels, height, width = activations.shape
     loss = activations.new_empty((samples,), dtype=dtype)
     cam = activations.new_empty((samples, height, width), dtype=dtype)
@@ -392,8 +392,8 @@ def _warn_of_slow_strides(tensor: Tensor) -> None:
     if not _warned_of_slow_strides and tensor.shape[1] > 1 and tensor.stride(1) != 1:
         _warned_of_slow_strides = True
         _log.warning(
-            "gradcam_cosine reads a tensor of shape %s whose channels are not contiguous (strides %s): this is right but "
-            "several times slower than channels-last memory; convert once with .to(memory_format=torch.channels_last)",
+            "gradcam_cosine reads a tensor of shape %s whose channels are not contiguous (strides %s): right, but several "
+            "times slower than channels-last memory; convert once with .to(memory_format=torch.channels_last)",
             tuple(tensor.shape),
             tensor.stride(),
         )
@@ -532,7 +532,7 @@ def _wants_gradient(*tensors: Tensor) -> bool:
 def gradcam_cosine(
     activations: Tensor, alpha: Tensor, saliency: Tensor, weight: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Grad-CAM map (Selvaraju et al., ICCV 2017) and CAST's attention loss per sample, from one read of the activations.
+    """Grad-CAM map (Selvaraju et al., ICCV 2017) and CAST's attention loss, from one read of the activations.
 
     Args:
         activations: (N, C, H, W) with 1 <= H·W <= 1024; channels-last memory is fast, other strides are accepted at a
@@ -543,8 +543,8 @@ def gradcam_cosine(
 
     Returns:
         loss (N,): ``weight * (1 - cos(cam, saliency))``, and cam (N, H, W): ``ReLU(sum_c alpha_c A_c)``, both float32
-        (float64 if an input is). Differentiable in activations, alpha, saliency and weight through the loss; ``cam`` is
-        detached. A sample whose cam or saliency is zero everywhere has loss ``weight`` and zero gradients.
+        (float64 if an input is). Differentiable in activations, alpha, saliency and weight through the loss; ``cam``
+        is detached. A sample whose cam or saliency is zero everywhere has loss ``weight`` and zero gradients.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit; the message says what was got and expected.

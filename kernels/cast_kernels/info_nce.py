@@ -11,26 +11,29 @@ Backward, with the upstream gradient of the sample's loss as a factor::
 
     dq = (1 - p⁺) (U / S - k) / T        dk = -(1 - p⁺) q / T        none to the queue
 
-This is attention of q over Q with values Q: the pass that makes the loss makes dq too, and backward reads nothing of size K.
-Unit rows give |l| <= 1 / T, so for T >= 0.03 the maximum m is the constant 1 / T, and the results of tiles, of programs and
-of ranks that hold a shard of the queue each simply add. For smaller T, where exp(-2 / T) leaves float32, and for float16,
-whose range is too small for the weights, each program keeps a running maximum and partials are rescaled when they meet.
+This is attention of q over Q with values Q: the pass that makes the loss makes dq too, and backward reads nothing of
+size K. Unit rows give |l| <= 1 / T, so for T >= 0.03 the maximum m is the constant 1 / T, and the results of tiles,
+of programs and of ranks that hold a shard of the queue each simply add. For smaller T, where exp(-2 / T) leaves
+float32, and for float16, whose range is too small for the weights, each program keeps a running maximum and partials
+are rescaled when they meet.
 
-Each program takes a block of queries and one contiguous range of the queue (so that a few queries still fill the GPU) and
-writes its (S, U, beaten, m); a second, small kernel adds these in a fixed order and finishes. No atomics: two runs give the
-same bits. Memory beyond the results is that of the partials, at most about (multiprocessors · 128) · (D + 3) floats
-whatever N and K are.
+Each program takes a block of queries and one contiguous range of the queue (so that a few queries still fill the GPU)
+and writes its (S, U, beaten, m); a second, small kernel adds these in a fixed order and finishes. No atomics: two
+runs give the same bits. Memory beyond the results is that of the partials, at most about
+(multiprocessors · 128) · (D + 3) floats whatever N and K are.
 
-q and k are rounded to the queue's type, as a key is when it is enqueued; products are accumulated in float32. bfloat16 and
-float16 queues use the tensor cores directly; a float32 queue uses them by three TF32 products an element ("tf32x3", about
-float32's own accuracy), never by plain TF32. The weights exp(l - m) are rounded to the queue's type for U only.
+q and k are rounded to the queue's type, as a key is when it is enqueued; products are accumulated in float32.
+bfloat16 and float16 queues use the tensor cores directly; a float32 queue uses them by three TF32 products an element
+("tf32x3", about float32's own accuracy), never by plain TF32. The weights exp(l - m) are rounded to the queue's type
+for U only.
 
-Bytes, N = 256, K = 65,536, D = 128: the queue once for each block of 128 queries, 16.8 MB in bfloat16 (the second block
-finds it in L2), partials 8.6 MB written and read: 34 MB, against 1,209 MB for logits in float32 with cross_entropy.
+Bytes, N = 256, K = 65,536, D = 128: the queue once for each block of 128 queries, 16.8 MB in bfloat16 (the second
+block finds it in L2), partials 8.6 MB written and read: 34 MB, against 1,209 MB for logits in float32 with
+cross_entropy.
 FLOPs: 4·N·K·D = 8.6 G.
 
-The reference wins in float64 (CPU only), for D > 512, where a gradient to the queue or a second derivative is wanted, and
-for queues of a few thousand keys, where the launches are the time.
+The reference wins in float64 (CPU only), for D > 512, where a gradient to the queue or a second derivative is wanted,
+and for queues of a few thousand keys, where the launches are the time.
 """
 
 from __future__ import annotations
@@ -166,7 +169,7 @@ def _combine_kernel(
     beaten_row = tl.zeros((BLOCK_N,), tl.int64)
     sum_keys = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     max_row = tl.full((BLOCK_N,), float("-inf"), tl.float32)
-    for split in range(0, splits):
+    for split in range(splits):
         place = tl.cast(split, tl.int64) * samples + row
         part_max = tl.load(maximum + place, mask=in_rows, other=0.0)
         new_max = tl.maximum(max_row, part_max)
@@ -419,15 +422,15 @@ def info_nce(query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> t
     """InfoNCE of MoCo (He et al., CVPR 2020) with one positive and a queue of negatives, in O(N·D) memory.
 
     Args:
-        query, key: (N, D), D <= 512, rows of unit length; bfloat16, float16 or float32, on the CPU also float64. They are
-            rounded to the queue's type.
+        query, key: (N, D), D <= 512, rows of unit length; bfloat16, float16 or float32, on the CPU also float64. They
+            are rounded to the queue's type.
         queue: (K, D), rows of unit length, any K; its type is that of the products. Any strides, no copy is made.
         temperature: T > 0.
 
     Returns:
         loss (N,) float32 (float64 if an input is), differentiable in query and key, not in the queue; and beaten (N,)
-        int64: the number of negatives with a larger logit than the positive (equal ones may go either way, by rounding),
-        so that contrastive top-k accuracy is the share of ``beaten < k``.
+        int64: the number of negatives with a larger logit than the positive (equal ones may go either way, by
+        rounding), so that contrastive top-k accuracy is the share of ``beaten < k``.
         Rows need not be exactly of unit length, but for T >= 0.03 the loss is inf once a logit exceeds 1 / T by 88.
 
     Raises:
@@ -443,8 +446,9 @@ def info_nce_partials(query: Tensor, key: Tensor, queue: Tensor, temperature: fl
     """What one shard of a queue contributes to ``info_nce``; arguments as there, with the shard as ``queue``.
 
     Returns:
-        ``Partials``: total (N,), weighted (N, D), beaten (N,), maximum (N,), without gradient. For T >= 0.03 and a queue
-        that is not float16 all shards have the same maximum, and the partials of a union of shards are the plain sums.
+        ``Partials``: total (N,), weighted (N, D), beaten (N,), maximum (N,), without gradient. For T >= 0.03 and a
+        queue that is not float16 all shards have the same maximum, and the partials of a union of shards are the
+        plain sums.
 
     Raises:
         ValueError: as ``info_nce``.
@@ -464,8 +468,8 @@ def info_nce_combine(
         queue_dtype: type of the queue, to which query and key are rounded.
 
     Returns:
-        loss (N,) and beaten (N,) as ``info_nce``, with the same gradients. Ordinary operations on (N, D) tensors, which
-        Inductor fuses.
+        loss (N,) and beaten (N,) as ``info_nce``, with the same gradients. Ordinary operations on (N, D) tensors,
+        which Inductor fuses.
 
     Raises:
         ValueError: for no partials, or shapes or a temperature that do not fit.

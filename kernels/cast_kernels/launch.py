@@ -1,7 +1,7 @@
 """A kernel launch as a value, so that the program that is measured offline is the program that is launched.
 
-A launcher in this package builds a ``Launch`` from tensors alone: real ones to run it, ``meta`` ones to compile it for a
-GPU that is not there (``benchmarks/offline_compile.py``).
+A launcher in this package builds a ``Launch`` from tensors alone: real ones to run it, ``meta`` ones to compile it
+for a GPU that is not there (``benchmarks/offline_compile.py``).
 """
 
 from __future__ import annotations

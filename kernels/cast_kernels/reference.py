@@ -244,8 +244,8 @@ def info_nce_combine(
 ) -> tuple[Tensor, Tensor]:
     """``info_nce`` from the partials of all shards, with its gradients in query and key.
 
-    The sums are constants to autograd. Around the query S has the value given and the derivative U / T, so a term that is
-    zero with that derivative makes everything else an ordinary expression.
+    The sums are constants to autograd. Around the query S has the value given and the derivative U / T, so a term that
+    is zero with that derivative makes everything else an ordinary expression.
     """
     merged = merge_partials(partials)
     dtype = wide_dtype(query, key, merged.total)
