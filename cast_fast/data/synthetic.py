@@ -420,7 +420,7 @@ def _preview(out: Path, count: int) -> NDArray[np.uint8]:
         picture = picture[:, left : left + frame]
         short = frame - picture.shape[1]
         edges = ((2, 2), (2 + short // 2, 2 + short - short // 2), (0, 0))
-        tiles.append(np.pad(picture, edges, constant_values=255))
+        tiles.append(np.pad(picture.astype(np.uint8, copy=False), edges, constant_values=255))
     while len(tiles) % columns:
         tiles.append(np.full_like(tiles[0], 255))
     rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
@@ -452,5 +452,5 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs ``cast-fast demo-data``; returns the exit code."""
     out = write_dataset(args.out, args.count, args.seed, args.correlation, args.size, args.workers, progress=True)
-    print(f"{args.count} scenes in {out}: --images {out / 'images'} --saliency {out / 'saliency'}; see {out / 'preview.jpg'}")
+    print(f"{args.count} scenes: --images {out / 'images'} --saliency {out / 'saliency'}; see {out / 'preview.jpg'}")
     return 0

@@ -24,7 +24,9 @@ def _rgb(colour: Field) -> tuple[float, float, float]:
 def _meadow(rng: np.random.Generator, h: int, w: int) -> Field:
     horizon = int(h * _uniform(rng, 0.12, 0.4))
     hue = _uniform(rng, 0.2, 0.32)
-    sky = gradient(h, w, [hsv(0.58, _uniform(rng, 0.3, 0.6), 0.9), hsv(0.55, 0.12, 0.97)], [0.0, max(horizon / h, 0.01)])
+    sky = gradient(
+        h, w, [hsv(0.58, _uniform(rng, 0.3, 0.6), 0.9), hsv(0.55, 0.12, 0.97)], [0.0, max(horizon / h, 0.01)]
+    )
     streaks = fractal_noise(rng, h, w, 26, 5, stretch=(3.0, 0.35), gain=0.7)
     patches = fractal_noise(rng, h, w, 160, 3)
     shade = np.clip(0.25 + 0.75 * streaks * (0.6 + 0.6 * patches), 0, 1)
@@ -40,7 +42,14 @@ def _meadow(rng: np.random.Generator, h: int, w: int) -> Field:
         x, lean = _uniform(rng, 0, w), _uniform(rng, -0.3, 0.3)
         tall = (0.03 + 0.12 * near) * h
         colour = hsv(hue + _uniform(rng, -0.04, 0.05), 0.75, _uniform(rng, 0.2, 0.75))
-        cv2.line(picture, (int(x), int(y)), (int(x + lean * tall), int(y - tall)), _rgb(colour), 1 + int(near * 1.6), cv2.LINE_AA)
+        cv2.line(
+            picture,
+            (int(x), int(y)),
+            (int(x + lean * tall), int(y - tall)),
+            _rgb(colour),
+            1 + int(near * 1.6),
+            cv2.LINE_AA,
+        )
     petal = _uniform(rng, 0, 1)
     for _ in range(int(rng.integers(15, 70))):
         y = horizon + (h - horizon) * _uniform(rng, 0.08, 1)
@@ -59,7 +68,9 @@ def _foliage(rng: np.random.Generator, h: int, w: int) -> Field:
             x, y = int(_uniform(rng, -20, w + 20)), int(_uniform(rng, -20, h + 20))
             long = int((0.04 + 0.08 * near) * h * _uniform(rng, 0.7, 1.3))
             turn = _uniform(rng, 0, 360)
-            colour = hsv(hue + _uniform(rng, -0.06, 0.05), _uniform(rng, 0.5, 0.9), (0.2 + 0.45 * near) * _uniform(rng, 0.6, 1.2))
+            colour = hsv(
+                hue + _uniform(rng, -0.06, 0.05), _uniform(rng, 0.5, 0.9), (0.2 + 0.45 * near) * _uniform(rng, 0.6, 1.2)
+            )
             axes = (long, max(2, int(long * 0.45)))
             cv2.ellipse(picture, (x, y), axes, turn, 0, 360, _rgb(colour), -1, cv2.LINE_AA)
             cv2.ellipse(picture, (x, y), axes, turn, 0, 180, _rgb(colour * 0.8), -1, cv2.LINE_AA)
@@ -78,17 +89,30 @@ def _forest(rng: np.random.Generator, h: int, w: int) -> Field:
     picture = gradient(h, w, [hsv(hue + 0.05, 0.45, 0.4), fog, mix(fog, hsv(hue, 0.4, 0.4), 0.4)], [0, ground / h, 1])
     bark = fractal_noise(rng, h, w, 30, 4, stretch=(4.0, 0.4), gain=0.7)
     leaves = fractal_noise(rng, h, w, 60, 5, gain=0.75)
-    litter = mix(hsv(0.08, 0.6, 0.18), hsv(hue - 0.05, 0.55, 0.6), fractal_noise(rng, h, w, 14, 4, stretch=(0.5, 1.4), gain=0.8))
+    litter = mix(
+        hsv(0.08, 0.6, 0.18), hsv(hue - 0.05, 0.55, 0.6), fractal_noise(rng, h, w, 14, 4, stretch=(0.5, 1.4), gain=0.8)
+    )
     rows = np.arange(h, dtype=np.float32)[:, None]
     for layer in range(4):
         near = (layer + 1) / 4
         base = ground + (h - ground) * (near - 0.25) * 0.8
-        picture = mix(picture, mix(fog, litter, 0.3 + 0.7 * near), np.broadcast_to(ramp(rows, base - 3, base + 0.12 * h), (h, w)))
+        picture = mix(
+            picture, mix(fog, litter, 0.3 + 0.7 * near), np.broadcast_to(ramp(rows, base - 3, base + 0.12 * h), (h, w))
+        )
         mask = np.zeros((h, w), np.float32)
         for _ in range(int(rng.integers(3, 7)) + 6 - 2 * layer):
-            x, wide, lean = _uniform(rng, 0, w), w * (0.006 + 0.03 * near**1.5) * _uniform(rng, 0.7, 1.3), _uniform(rng, -0.04, 0.04)
+            x, wide, lean = (
+                _uniform(rng, 0, w),
+                w * (0.006 + 0.03 * near**1.5) * _uniform(rng, 0.7, 1.3),
+                _uniform(rng, -0.04, 0.04),
+            )
             foot = base + _uniform(rng, 0, 0.05) * h
-            corners = [(x - wide / 2 + lean * h, 0), (x + wide / 2 + lean * h, 0), (x + wide * 0.75, foot), (x - wide * 0.75, foot)]
+            corners = [
+                (x - wide / 2 + lean * h, 0),
+                (x + wide / 2 + lean * h, 0),
+                (x + wide * 0.75, foot),
+                (x - wide * 0.75, foot),
+            ]
             cv2.fillConvexPoly(mask, np.array(corners, np.float64).astype(np.int32), 1.0, cv2.LINE_AA)
         trunk = mix(hsv(0.07, 0.45, 0.12), hsv(0.08, 0.35, 0.45), bark)
         picture = mix(picture, mix(fog, trunk, 0.25 + 0.75 * near), mask)
@@ -166,9 +190,15 @@ def _desert(rng: np.random.Generator, h: int, w: int) -> Field:
         near = (layer + 1) / layers
         crest = (horizon + (0.95 - horizon) * layer / layers) * h
         crest = crest + (fractal_noise(rng, 1, w, w * _uniform(rng, 0.4, 0.9), 2)[0] - 0.5) * h * (0.08 + 0.22 * near)
-        slope = np.gradient(blur(crest[None, :].astype(np.float32), 12)[0])
-        lit = np.clip(0.55 + 2.2 * slope, 0.1, 1.0)[None, :] * np.clip(1.0 - (rows - crest[None, :]) / (1.4 * h), 0.4, 1)
-        sand = mix(hsv(hue - 0.02, 0.75, 0.3 + 0.1 * (1 - near)), hsv(hue + 0.015, 0.5, 0.97), np.clip(lit, 0, 1).astype(np.float32))
+        slope = np.gradient(blur(crest[None, :].astype(np.float32), w / 25)[0])
+        lit = np.clip(0.55 + 2.2 * slope, 0.1, 1.0)[None, :] * np.clip(
+            1.0 - (rows - crest[None, :]) / (1.4 * h), 0.4, 1
+        )
+        sand = mix(
+            hsv(hue - 0.02, 0.75, 0.3 + 0.1 * (1 - near)),
+            hsv(hue + 0.015, 0.5, 0.97),
+            np.clip(lit, 0, 1).astype(np.float32),
+        )
         sand = sand * (0.88 + 0.24 * ripples * near)[..., None]
         picture = mix(picture, mix(sand, picture, 0.3 * (1 - near)), np.clip(rows - crest[None, :], 0, 1))
     return np.clip(picture, 0, 1)
@@ -178,7 +208,9 @@ def _cells(rng: np.random.Generator, h: int, w: int, pitch: float) -> tuple[np.n
     """Voronoi cells of jittered points: labels (H, W) from 1 and the distance in pixels to the cell's border."""
     rows, columns = int(h / pitch) + 2, int(w / pitch) + 2
     y = (np.arange(rows)[:, None] + rng.uniform(-0.4, 0.4, (rows, columns))) * pitch
-    x = (np.arange(columns)[None, :] + 0.5 * (np.arange(rows)[:, None] % 2) + rng.uniform(-0.4, 0.4, (rows, columns))) * pitch
+    x = (
+        np.arange(columns)[None, :] + 0.5 * (np.arange(rows)[:, None] % 2) + rng.uniform(-0.4, 0.4, (rows, columns))
+    ) * pitch
     seeds = np.ones((h, w), np.uint8)
     seeds[np.clip(y, 0, h - 1).astype(int).ravel(), np.clip(x, 0, w - 1).astype(int).ravel()] = 0
     _, labels = cv2.distanceTransformWithLabels(seeds, cv2.DIST_L2, 5, labelType=cv2.DIST_LABEL_PIXEL)
@@ -194,7 +226,12 @@ def _pebbles(rng: np.random.Generator, h: int, w: int) -> Field:
     hue = _uniform(rng, 0.0, 1.0) if rng.random() < 0.3 else _uniform(rng, 0.05, 0.12)
     count = int(labels.max()) + 1
     tone = rng.uniform(0.35, 0.9, count).astype(np.float32)
-    tint = np.stack([hsv(hue + a, s, 1.0) for a, s in zip(rng.uniform(-0.05, 0.05, count), rng.uniform(0.03, 0.28, count), strict=True)])
+    tint = np.stack(
+        [
+            hsv(hue + a, s, 1.0)
+            for a, s in zip(rng.uniform(-0.05, 0.05, count), rng.uniform(0.03, 0.28, count), strict=True)
+        ]
+    )
     stone = tint[labels] * tone[labels][..., None]
     stone *= (0.78 + 0.44 * fractal_noise(rng, h, w, 22, 4, gain=0.7))[..., None]
     dome = blur(np.sqrt(np.clip(rim / np.float32(pitch * 0.33), 0, 1)), 1.5)
@@ -235,7 +272,11 @@ def _brick(rng: np.random.Generator, h: int, w: int) -> Field:
     rough = fractal_noise(rng, h, w, 18, 4, gain=0.75)
     joint = ramp(np.minimum(dx, dy) + 3 * (rough - 0.5), 1.2, 3.4)
     painted = rng.random() < 0.3
-    base = hsv(_uniform(rng, 0, 1), 0.15, 0.85) if painted else hsv(_uniform(rng, 0.0, 0.06), _uniform(rng, 0.5, 0.75), 0.68)
+    base = (
+        hsv(_uniform(rng, 0, 1), 0.15, 0.85)
+        if painted
+        else hsv(_uniform(rng, 0.0, 0.06), _uniform(rng, 0.5, 0.75), 0.68)
+    )
     brick = base * (shade * (0.7 + 0.6 * rough))[..., None]
     mortar = hsv(0.1, 0.08, _uniform(rng, 0.5, 0.8)) * (0.8 + 0.4 * rough)[..., None]
     stains = 0.75 + 0.35 * fractal_noise(rng, h, w, 200, 3)
@@ -288,7 +329,9 @@ def _city(rng: np.random.Generator, h: int, w: int) -> Field:
     for _ in range(int(rng.integers(12, 30))):
         centre = (int(_uniform(rng, 0, w)), int(street - h * _uniform(rng, -0.1, 0.3)))
         radius = int(_uniform(rng, 5, 20))
-        lamp = hsv(float(rng.choice([0.0, 0.08, 0.13, 0.35, 0.55, 0.9])), _uniform(rng, 0.3, 0.8), _uniform(rng, 0.3, 0.7))
+        lamp = hsv(
+            float(rng.choice([0.0, 0.08, 0.13, 0.35, 0.55, 0.9])), _uniform(rng, 0.3, 0.8), _uniform(rng, 0.3, 0.7)
+        )
         cv2.circle(glow, centre, radius, _rgb(lamp), -1, cv2.LINE_AA)
     glow = blur(glow, 1.2)
     return np.clip(1 - (1 - picture) * (1 - 0.75 * glow), 0, 1)

@@ -278,7 +278,8 @@ def _mushroom(c: _Canvas, rng: np.random.Generator) -> None:
     c.part(gills, base=hsv(0.09, 0.25, 0.8), second=hsv(0.08, 0.45, 0.4),
            pattern=lambda x, y: _wave(np.arctan2(y + 0.35, x) * 14, 0.45), bevel=0.1)  # fmt: skip
     cap = spline([(-wide, 0.04), (-wide * 0.86, -tall * 0.6), (-wide * 0.4, -tall * 1.12), (wide * 0.4, -tall * 1.12),
-                  (wide * 0.86, -tall * 0.6), (wide, 0.04), (wide * 0.5, 0.0), (0, -0.02), (-wide * 0.5, 0.0)])  # fmt: skip
+                  (wide * 0.86, -tall * 0.6), (wide, 0.04), (wide * 0.5, 0.0), (0, -0.02),
+                  (-wide * 0.5, 0.0)])  # fmt: skip
     count = int(rng.integers(9, 16))
     spots = _spots(rng.uniform((-wide, -tall * 1.05), (wide, 0.0), (count, 2)), rng.uniform(0.05, 0.14, count))
     c.part(cap, base=p.main, second=p.pale, pattern=spots, bevel=0.5, gloss=0.4)
@@ -370,7 +371,7 @@ def _snail(c: _Canvas, rng: np.random.Generator) -> None:
         phase = turns * np.sqrt(radius + 1e-4) * 1.6 - np.arctan2(dy, dx) * np.float32(1 / (2 * np.pi))
         return _wave(phase.astype(np.float32), 0.42, 0.12)
 
-    shell = polar(0.64 * (1 + 0.12 * np.linspace(-0.5, 0.5, 80)), turn=0.6) + (-0.15, -0.08)
+    shell = polar(0.64 * (1 + 0.12 * np.linspace(-0.5, 0.5, 80)), turn=0.6) - (0.15, 0.08)
     c.part(shell, base=p.main, second=p.second, pattern=spiral, bevel=0.5, gloss=0.5)
 
 
@@ -407,10 +408,9 @@ def _cactus(c: _Canvas, rng: np.random.Generator) -> None:
 
     pot = hsv(float(rng.uniform(0, 1)), 0.55, 0.7)
     for side, y, rise in arms:
-        w = thick * 0.6
-        out = 0.62
-        elbow = spline([(side * 0.05, y - w), (side * (out - w), y - w), (side * (out - w), y - rise), (side * out, y - rise - w),
-                        (side * (out + w), y - rise), (side * (out + w), y), (side * out, y + w), (side * 0.05, y + w)])  # fmt: skip
+        w, out = thick * 0.6, 0.62
+        elbow = spline([(0.05, y - w), (out - w, y - w), (out - w, y - rise), (out, y - rise - w), (out + w, y - rise),
+                        (out + w, y), (out, y + w), (0.05, y + w)]) * (side, 1.0)  # fmt: skip
         c.part(elbow, base=p.main, second=p.pale, pattern=ribbed, bevel=0.2, gloss=0.1)
     trunk = spline([(-thick, 0.7), (-thick * 1.05, 0.0), (-thick * 0.9, -0.7), (0, -0.96), (thick * 0.9, -0.7),
                     (thick * 1.05, 0.0), (thick, 0.7)])  # fmt: skip
@@ -422,20 +422,33 @@ def _cactus(c: _Canvas, rng: np.random.Generator) -> None:
 def _car(c: _Canvas, rng: np.random.Generator) -> None:
     p = _palette(rng)
     roof, bonnet = float(rng.uniform(-0.55, -0.42)), float(rng.uniform(-0.1, 0.0))
-    body = spline([(-0.95, 0.28), (-0.95, 0.0), (-0.66, bonnet - 0.04), (-0.42, roof), (0.1, roof - 0.02), (0.42, bonnet - 0.06),
-                   (0.86, bonnet + 0.06), (0.96, 0.2), (0.93, 0.34), (-0.9, 0.36)])  # fmt: skip
+    body = spline([(-0.95, 0.28), (-0.95, 0.0), (-0.66, bonnet - 0.04), (-0.42, roof), (0.1, roof - 0.02),
+                   (0.42, bonnet - 0.06), (0.86, bonnet + 0.06), (0.96, 0.2), (0.93, 0.34), (-0.9, 0.36)])  # fmt: skip
     stripe = float(rng.uniform(0.1, 0.2))
-    c.part(body, base=p.main, second=p.second, pattern=lambda x, y: ramp(np.abs(y - stripe), 0.06, 0.045), bevel=0.3, gloss=0.7)
+    c.part(
+        body,
+        base=p.main,
+        second=p.second,
+        pattern=lambda x, y: ramp(np.abs(y - stripe), 0.06, 0.045),
+        bevel=0.3,
+        gloss=0.7,
+    )
     glass = hsv(0.56, 0.35, float(rng.uniform(0.25, 0.75)))
-    for points in ([(-0.55, bonnet - 0.04), (-0.37, roof + 0.1), (-0.14, roof + 0.08), (-0.14, bonnet - 0.04)],
-                   [(-0.07, bonnet - 0.04), (-0.07, roof + 0.08), (0.1, roof + 0.09), (0.3, bonnet - 0.04)]):  # fmt: skip
-        c.part(np.array(points), base=glass, second=hsv(0.56, 0.1, 0.97), pattern=lambda x, y: 0.7 * _wave(x * 2 + y * 3, 0.2),
-               bevel=0.03, gloss=0.5)  # fmt: skip
+    sill = bonnet - 0.04
+    rear = np.array([(-0.55, sill), (-0.37, roof + 0.1), (-0.14, roof + 0.08), (-0.14, sill)])
+    front = np.array([(-0.07, sill), (-0.07, roof + 0.08), (0.1, roof + 0.09), (0.3, sill)])
+    for window in (rear, front):
+        c.part(window, base=glass, second=hsv(0.56, 0.1, 0.97), bevel=0.03, gloss=0.5,
+               pattern=lambda x, y: 0.7 * _wave(x * 2 + y * 3, 0.2))  # fmt: skip
     c.part(ellipse(0.87, 0.12, 0.06, 0.07), base=hsv(0.14, 0.4, 1.0), bevel=0.05, gloss=0.6)
     for x in (-0.54, 0.52):
         c.part(ellipse(x, 0.36, 0.245, 0.245), base=hsv(0, 0, 0.12), bevel=0.06, gloss=0.1)
-        c.part(ellipse(x, 0.36, 0.14, 0.14), base=hsv(0.6, 0.05, 0.8), second=hsv(0, 0, 0.25), bevel=0.05, gloss=0.5,
-               pattern=lambda u, v, x=x: _wave(np.arctan2(v - 0.36, u - x) * np.float32(5 / (2 * np.pi)), 0.3))  # fmt: skip
+
+        def spokes(u: Field, v: Field, x: float = x) -> Field:
+            return _wave(np.arctan2(v - 0.36, u - x) * np.float32(5 / (2 * np.pi)), 0.3)
+
+        hub = ellipse(x, 0.36, 0.14, 0.14)
+        c.part(hub, base=hsv(0.6, 0.05, 0.8), second=hsv(0, 0, 0.25), pattern=spokes, bevel=0.05, gloss=0.5)
 
 
 _DRAW: dict[str, Callable[[_Canvas, np.random.Generator], None]] = {

@@ -6,12 +6,13 @@ Pictures are float32 arrays (H, W, 3), RGB in [0, 1]; masks and patterns are flo
 from __future__ import annotations
 
 import colorsys
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-Field = NDArray[np.float32]
+Field = NDArray[Any]  # float32 by convention; Any, because OpenCV's and NumPy's signatures promise less
 Points = NDArray[np.float64]
 
 

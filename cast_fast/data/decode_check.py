@@ -1,0 +1,179 @@
+"""Does a file decode, and to what? A child process that answers one question after another.
+
+``python -m cast_fast.data.decode_check`` reads requests from stdin and writes replies to stdout, one JSON object a
+line. A process of its own for two reasons: libjpeg reports damaged data only as a line on stderr, which nobody else
+may share; and a decoder that crashes on a malicious file then takes no training job with it.
+
+What is caught: files that are no pictures, truncation, wrong checksums in PNG, and every damage to a JPEG that makes
+libjpeg lose its place ("Corrupt JPEG data"). What cannot be caught: damage after which a JPEG is still a valid stream.
+Of 113 photographs each damaged once in mid-file, the check found all of 113 with 512 random bytes, 108 with 512 zeros,
+89 with 64 random bytes and 19 with a single flipped bit.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import signal
+import sys
+import zlib
+from typing import TypedDict
+
+import cv2
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+"""Larger pictures are refused by their header, before anything is decoded."""
+
+_EXIF_ORIENTATION = 0x0112
+_JPEG_DAMAGE = re.compile(r"(Corrupt JPEG data: .*|Premature end of JPEG.*)")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
+
+
+class Reply(TypedDict):
+    """Answer about one file; the numbers are 0 where ``kind`` names a fault that prevented finding them out."""
+
+    width: int
+    height: int
+    orientation: int
+    """EXIF orientation of an image, 1 if it has none."""
+    peak: int
+    """Largest value of a map."""
+    kind: str
+    """Kind of fault, empty if there is none."""
+    message: str
+
+
+class DecodeFault(Exception):
+    """A file is not what it should be; ``kind`` is for programs, the message for people."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def _open(data: bytes, formats: list[str]) -> Image.Image:
+    if not data:
+        raise DecodeFault("empty-file", "the file has no bytes")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError:
+        start = data[:12].decode("latin-1")
+        raise DecodeFault("not-an-image", f"is no {' or '.join(formats)} file (it starts with {start!a})") from None
+    except Exception as error:  # decoders raise anything from struct.error to SyntaxError on foreign bytes
+        raise DecodeFault("undecodable", f"its header cannot be read: {error}") from None
+    if picture.width * picture.height > MAX_PIXELS:
+        raise DecodeFault("too-large", f"has {picture.width}x{picture.height} pixels, at most {MAX_PIXELS} are decoded")
+    return picture
+
+
+def _load(picture: Image.Image) -> None:
+    try:
+        picture.load()
+    except Exception as error:
+        raise DecodeFault("undecodable", f"cannot be decoded: {error}") from None
+
+
+def _check_png_chunks(data: bytes) -> None:
+    """Verifies length and checksum of the chunks that hold the picture; decoders do not always."""
+    at = len(_PNG_SIGNATURE)
+    while True:
+        length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
+        end = at + 12 + length
+        if len(name) < 4 or end > len(data):
+            raise DecodeFault("undecodable", f"is truncated: it ends at byte {len(data)} inside a chunk")
+        critical = name[:1].isupper()
+        if critical and zlib.crc32(data[at + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
+            raise DecodeFault("damaged", f"wrong checksum in chunk {name.decode('latin-1')!a} at byte {at}")
+        if name == b"IEND":
+            return
+        at = end
+
+
+def check_image(data: bytes, notes: int) -> Reply:
+    """Decodes an image completely.
+
+    Args:
+        data: content of the file.
+        notes: descriptor of a file that receives the process's stderr.
+
+    Returns:
+        Stored width and height (an EXIF rotation is reported, not applied) and the orientation.
+
+    Raises:
+        DecodeFault: the content is no intact JPEG or PNG.
+    """
+    with _open(data, ["JPEG", "PNG"]) as picture:
+        reply = Reply(width=picture.width, height=picture.height, orientation=1, peak=0, kind="", message="")
+        if picture.format == "PNG":
+            _check_png_chunks(data)
+            _load(picture)
+            return reply
+        try:
+            reply["orientation"] = int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+        except Exception:  # a broken EXIF block does not concern the pixels
+            reply["orientation"] = 1
+        os.ftruncate(notes, 0)
+        os.lseek(notes, 0, os.SEEK_SET)
+        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+        warning = _JPEG_DAMAGE.search(os.pread(notes, 8192, 0).decode("utf-8", "replace"))
+        if decoded is None:
+            _load(picture)  # for its message; it may also be more patient than OpenCV
+            reason = warning.group() if warning else "OpenCV refuses it"
+            raise DecodeFault("undecodable", f"cannot be decoded: {reason}")
+        if warning:
+            raise DecodeFault("damaged", f"is damaged: {warning.group()}")
+    return reply
+
+
+def check_map(data: bytes) -> Reply:
+    """Decodes a saliency map completely: an 8-bit grey PNG.
+
+    Raises:
+        DecodeFault: the content is no intact PNG, or a PNG of another pixel format.
+    """
+    with _open(data, ["PNG"]) as picture:
+        depth, colour = data[24], data[25]
+        if (depth, colour) != (8, 0):
+            found = f"{depth}-bit {_PNG_COLOURS.get(colour, f'colour type {colour}')}"
+            raise DecodeFault("map-format", f"is a {found} PNG, expected 8-bit grey")
+        _check_png_chunks(data)
+        _load(picture)
+        peak = int(np.asarray(picture).max())
+        return Reply(width=picture.width, height=picture.height, orientation=1, peak=peak, kind="", message="")
+
+
+def _answer(kind: str, path: str, notes: int) -> Reply:
+    try:
+        with open(path, "rb") as file:
+            data = file.read()
+        return check_image(data, notes) if kind == "image" else check_map(data)
+    except DecodeFault as fault:
+        found = fault.kind, str(fault)
+    except OSError as error:
+        found = "unreadable", f"cannot be read: {error.strerror or error}"
+    except MemoryError:
+        found = "too-large", "needs more memory than there is"
+    return Reply(width=0, height=0, orientation=1, peak=0, kind=found[0], message=found[1])
+
+
+def main() -> None:
+    """Answers requests ``[kind, path]`` (kind "image" or "map") until stdin ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing stdin
+    cv2.setNumThreads(1)
+    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead, without a warning in between
+    notes = os.memfd_create("decoder-notes")
+    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
+        os.dup2(notes, 2)
+        os.dup2(notes, 1)
+        for line in sys.stdin.buffer:
+            kind, path = json.loads(line)
+            replies.write(json.dumps(_answer(kind, path, notes)).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,575 @@
+"""What a dataset on disk is: folder pairs of images and saliency maps, validated by decoding every file once.
+
+``IMAGES/**/NAME.{jpg,jpeg,png}`` (any case) is paired with ``SALIENCY/**/NAME.png`` by its path below the root without
+suffix, the *stem*. Hidden files and folders are ignored, links are followed. An image is any JPEG or PNG, told by its
+content, not by its suffix (grey, palette, CMYK and transparent ones become RGB in the loader). A map is an 8-bit grey
+PNG in which values above 127 are salient; it has the image's size, or is smaller with the same aspect within a pixel.
+Sizes are those of the stored pixels: an EXIF rotation is applied neither to the image nor to the map.
+
+Decoding is cached in a manifest: a file whose size and time of change are as recorded is not decoded again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import logging
+import os
+import queue
+import stat
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.progress import track
+
+from cast_fast.data.decode_check import Reply
+from cast_fast.errors import UserError
+
+HELP = "decode every image and map of a dataset and list the faults"
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
+MAP_SUFFIXES = frozenset({".png"})
+SALIENT_ABOVE = 127
+"""Map values above this are salient."""
+
+EMPTY_MAP = "empty-map"
+
+_FORMAT = 1
+_SHOWN = 3
+_log = logging.getLogger("cast_fast")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its map: intact files of matching sizes."""
+
+    stem: str
+    """Path below the root without suffix, with forward slashes; unique in a dataset."""
+    image: Path
+    saliency: Path | None
+    width: int
+    """Stored width of the image in pixels; the map may be smaller."""
+    height: int
+    empty: bool
+    """No pixel of the map is salient."""
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a file cannot be used."""
+
+    path: Path
+    kind: str
+    """One of: missing-map, duplicate-stem, size-mismatch, map-format, empty-map, empty-file, not-an-image,
+    undecodable, damaged, too-large, unreadable, decoder-crash."""
+    message: str
+
+    def __str__(self) -> str:
+        return f"{shown(self.path)}: {self.message}"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Samples in the order of their stems, and what is not among them."""
+
+    samples: tuple[Sample, ...]
+    faults: tuple[Fault, ...]
+    """From :func:`scan`: everything that is wrong. From :func:`usable`: what was left out, empty maps included."""
+    images: Path
+    saliency: Path | None
+    decoded: int = field(default=0, compare=False)
+    """Files decoded by the scan; the others were known from the manifest."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fingerprint(self) -> str:
+        """SHA-256 over stems and sizes, in order; the same wherever the files lie."""
+        digest = hashlib.sha256()
+        for sample in self.samples:
+            row = json.dumps((sample.stem, sample.width, sample.height), separators=(",", ":"))
+            digest.update(row.encode() + b"\n")
+        return digest.hexdigest()
+
+    def empty_maps(self) -> tuple[Fault, ...]:
+        """The samples whose map holds no salient pixel, as faults."""
+        message = f"no pixel of the map is above {SALIENT_ABOVE} (maps hold 0 to 255, salient is 255)"
+        return tuple(Fault(s.saliency or s.image, EMPTY_MAP, message) for s in self.samples if s.empty)
+
+
+def shown(path: Path | str) -> str:
+    """A path as text for one line: as it is when printable, else with escapes."""
+    text = str(path)
+    return text if text.isprintable() else ascii(text)
+
+
+class _File(NamedTuple):
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[str, list[Path]]:
+    """Paths below ``root`` with one of the suffixes, by stem; raises UserError where a folder cannot be listed."""
+
+    def refuse(error: OSError) -> None:
+        raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
+
+    found: dict[str, list[Path]] = {}
+    visited: set[tuple[int, int]] = set()
+    excluded = None if leave_out is None else _folder_id(leave_out)
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
+        identity = _folder_id(Path(folder))
+        if identity in visited or identity == excluded:  # a link to a parent, or the maps inside the images' folder
+            folders.clear()
+            continue
+        visited.add(identity)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        below = Path(folder).relative_to(root)
+        for name in sorted(files):
+            base, suffix = os.path.splitext(name)
+            if suffix.lower() in suffixes and not name.startswith("."):
+                found.setdefault((below / base).as_posix(), []).append(Path(folder) / name)
+    return found
+
+
+def _folder_id(folder: Path) -> tuple[int, int]:
+    status = folder.stat()
+    return status.st_dev, status.st_ino
+
+
+def _stat(path: Path) -> _File | Fault:
+    try:
+        status = path.stat()
+    except OSError as error:
+        reason = "is a link to nothing" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        return Fault(path, "unreadable", reason)
+    if not stat.S_ISREG(status.st_mode):
+        return Fault(path, "unreadable", "is not a regular file")
+    return _File(path, status.st_size, status.st_mtime_ns)
+
+
+class _Decoder:
+    """A child process that decodes files one after another; started when first used, and again after a crash."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answered = False
+
+    def check(self, kind: str, path: Path) -> Reply:
+        if self._process is None:
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps((kind, str(path))).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = b""
+        if line.endswith(b"\n"):
+            self._answered = True
+            return json.loads(line)
+        code = process.wait()
+        self._process = None
+        if not self._answered:
+            raise RuntimeError(f"the decoder process ended with code {code} before its first answer")
+        message = f"a decoder crashed on it (code {code})"
+        return Reply(width=0, height=0, orientation=1, peak=0, kind="decoder-crash", message=message)
+
+    @staticmethod
+    def _start() -> subprocess.Popen[bytes]:
+        # The child must find this package where the parent found it, installed or not.
+        root = str(Path(__file__).resolve().parents[2])
+        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "cast_fast.data.decode_check"]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _decode(jobs: list[tuple[str, _File]], workers: int) -> Iterator[tuple[int, Reply]]:
+    """Checks files in ``workers`` child processes, each driven by a thread; yields (job number, reply) as they come."""
+    results: queue.SimpleQueue[tuple[int, Reply] | BaseException] = queue.SimpleQueue()
+    pending = iter(range(len(jobs)))
+    lock = threading.Lock()
+    stopped = threading.Event()
+
+    def drive() -> None:
+        decoder = _Decoder()
+        try:
+            while not stopped.is_set():
+                with lock:
+                    number = next(pending, None)
+                if number is None:
+                    return
+                kind, file = jobs[number]
+                results.put((number, decoder.check(kind, file.path)))
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            results.put(error)
+        finally:
+            decoder.close()
+
+    threads = [threading.Thread(target=drive, daemon=True) for _ in range(min(workers, len(jobs)))]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in jobs:
+            result = results.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        stopped.set()
+        for thread in threads:
+            thread.join()
+
+
+def default_manifest(images: Path, saliency: Path | None) -> Path:
+    """Where the manifest of a pair of folders lies: in the user's cache, so that datasets may be read-only."""
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    name = hashlib.sha256(json.dumps(_roots(images, saliency)).encode()).hexdigest()[:24]
+    return Path(cache) / "cast_fast" / f"manifest-{name}.json"
+
+
+def _roots(images: Path, saliency: Path | None) -> list[str | None]:
+    return [str(images.resolve()), None if saliency is None else str(saliency.resolve())]
+
+
+_Known = dict[str, dict[str, tuple[int, int, Reply]]]
+
+
+def _read_manifest(path: Path, roots: list[str | None]) -> _Known:
+    """Replies of earlier scans by kind and path below the root; empty, with a line in the log, if it is unusable."""
+    known: _Known = {"image": {}, "map": {}}
+    try:
+        record: Any = json.loads(path.read_bytes())
+        if record["format"] != _FORMAT or record["roots"] != roots:
+            raise ValueError("it belongs to other folders or another version")
+        for kind, entries in known.items():
+            for name, (size, mtime_ns, width, height, orientation, peak, fault, message) in record[kind].items():
+                numbers = (size, mtime_ns, width, height, orientation, peak)
+                if not all(type(number) is int for number in numbers) or not isinstance(fault, str):
+                    raise ValueError(f"entry {name!a} is damaged")
+                reply = Reply(
+                    width=width, height=height, orientation=orientation, peak=peak, kind=fault, message=str(message)
+                )
+                entries[name] = (size, mtime_ns, reply)
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        _log.warning("manifest %s is rebuilt: %s", shown(path), error)
+        return {"image": {}, "map": {}}
+    return known
+
+
+def _write_manifest(path: Path, roots: list[str | None], known: _Known) -> None:
+    """Writes the manifest whole or not at all; a failure costs only time, so it is logged."""
+    record: dict[str, Any] = {"format": _FORMAT, "roots": roots}
+    for kind, entries in known.items():
+        record[kind] = {name: [size, mtime_ns, *reply.values()] for name, (size, mtime_ns, reply) in entries.items()}
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(record, separators=(",", ":")))
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        _log.warning("manifest %s cannot be written, the next scan decodes again: %s", shown(path), error)
+
+
+def read_labels(path: Path) -> dict[str, str]:
+    """Class by stem from a CSV file with a header that names at least ``stem`` and ``class``.
+
+    Raises:
+        UserError: the file cannot be read, lacks a column, or gives one stem two classes.
+    """
+    labels: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            table = csv.DictReader(file)
+            missing = {"stem", "class"} - set(table.fieldnames or ())
+            if missing:
+                raise UserError(f"{shown(path)}: no column {', '.join(sorted(missing))}, expected stem,class")
+            for row in table:
+                stem, label = row["stem"], row["class"]
+                if not stem or not label:
+                    raise UserError(f"{shown(path)}, line {table.line_num}: stem or class is empty")
+                if labels.setdefault(stem, label) != label:
+                    raise UserError(f"{shown(path)}, line {table.line_num}: {stem!a} has two classes")
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{shown(path)} is not a CSV file in UTF-8: {error}") from error
+    return labels
+
+
+def scan(
+    images: Path,
+    saliency: Path | None,
+    *,
+    labels: Path | None = None,
+    workers: int | None = None,
+    manifest: Path | None = None,
+    progress: bool = False,
+) -> Dataset:
+    """Finds the pairs below two folders and decodes every file that the manifest does not know.
+
+    Args:
+        images: folder of images.
+        saliency: folder of maps, which may lie inside ``images``; None for images alone.
+        labels: optional CSV file ``stem,class``; images that it does not name have no label.
+        workers: decoding processes; None takes one for each CPU that this process may use.
+        manifest: cache file; None takes :func:`default_manifest`.
+        progress: show a progress bar.
+
+    Returns:
+        The intact samples (those with an empty map included) and the faults. Each fault names one file; an image with
+        a fault, or with a faulty map, is not among the samples.
+
+    Raises:
+        UserError: a folder is missing, cannot be listed or holds no image; the labels are faulty or name no image.
+    """
+    if workers is not None and workers < 1:
+        raise UserError(f"workers: got {workers}, expected at least 1")
+    for flag, folder in (("--images", images), ("--saliency", saliency)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{flag}: {shown(folder)} is {'not a folder' if folder.exists() else 'missing'}")
+    if saliency is not None and images.resolve() == saliency.resolve():
+        raise UserError(f"--images and --saliency are the same folder, {shown(images)}")
+    classes = None if labels is None else read_labels(labels)
+
+    image_paths = _walk(images, IMAGE_SUFFIXES, saliency)
+    if not image_paths:
+        raise UserError(f"--images: {shown(images)} holds no .jpg, .jpeg or .png file")
+    map_paths = {} if saliency is None else _walk(saliency, MAP_SUFFIXES, images)
+    if saliency is not None and not map_paths.keys() & image_paths.keys():
+        wanted = shown(min(image_paths))
+        raise UserError(f"--saliency: {shown(saliency)} holds no map of any image, expected for example {wanted}.png")
+    orphans = map_paths.keys() - image_paths.keys()
+    if orphans:
+        _log.info("%d maps have no image, for example %s.png", len(orphans), shown(min(orphans)))
+    if classes is not None and not classes.keys() & image_paths.keys():
+        raise UserError(
+            f"{shown(labels or '')} names no image: it has {shown(next(iter(classes), ''))!r}, "
+            f"the images have {shown(min(image_paths))!r}"
+        )
+
+    faults: list[Fault] = []
+    pairs: list[tuple[str, _File, _File | None]] = []
+    for stem in sorted(image_paths):
+        pair = _pair(image_paths[stem], None if saliency is None else map_paths.get(stem, []))
+        if isinstance(pair, Fault):
+            faults.append(pair)
+        else:
+            pairs.append((stem, *pair))
+
+    roots = _roots(images, saliency)
+    manifest = default_manifest(images, saliency) if manifest is None else manifest
+    known = _read_manifest(manifest, roots)
+    bases = {"image": images, "map": saliency or images}
+    current: _Known = {"image": {}, "map": {}}
+    jobs: list[tuple[str, _File]] = []
+    for _, image, map_file in pairs:
+        for kind, file in (("image", image), ("map", map_file)):
+            if file is None:
+                continue
+            name = _name(file, bases[kind])
+            entry = known[kind].get(name)
+            if entry is not None and entry[:2] == (file.size, file.mtime_ns):
+                current[kind][name] = entry
+            else:
+                jobs.append((kind, file))
+    if jobs:
+        count = workers or len(os.sched_getaffinity(0))
+        total = len(jobs) + sum(map(len, current.values()))
+        _log.info("decoding %d files of %d", len(jobs), total)
+        try:
+            replies = track(_decode(jobs, count), "Checking files", total=len(jobs), disable=not progress)
+            for number, reply in replies:
+                kind, file = jobs[number]
+                current[kind][_name(file, bases[kind])] = (file.size, file.mtime_ns, reply)
+        finally:  # an interrupted scan goes on where it stopped
+            whole = sum(map(len, current.values())) == total
+            _write_manifest(manifest, roots, current if whole else _merged(known, current))
+    elif current != known:
+        _write_manifest(manifest, roots, current)
+
+    samples: list[Sample] = []
+    for stem, image, map_file in pairs:
+        reply = current["image"][_name(image, bases["image"])][2]
+        map_reply = None if map_file is None else current["map"][_name(map_file, bases["map"])][2]
+        fault = _judge(image, reply, map_file, map_reply)
+        if fault is not None:
+            faults.append(fault)
+            continue
+        samples.append(
+            Sample(
+                stem=stem,
+                image=image.path,
+                saliency=None if map_file is None else map_file.path,
+                width=reply["width"],
+                height=reply["height"],
+                empty=map_reply is not None and map_reply["peak"] <= SALIENT_ABOVE,
+                label=None if classes is None else classes.get(stem),
+            )
+        )
+    faults.sort(key=lambda fault: str(fault.path))
+    return Dataset(tuple(samples), tuple(faults), images, saliency, decoded=len(jobs))
+
+
+def _merged(known: _Known, current: _Known) -> _Known:
+    return {kind: {**known[kind], **current[kind]} for kind in known}
+
+
+def _name(file: _File, base: Path) -> str:
+    return file.path.relative_to(base).as_posix()
+
+
+def _pair(images: list[Path], maps: list[Path] | None) -> tuple[_File, _File | None] | Fault:
+    """One image and one map from the candidates of a stem (``maps`` None: images alone)."""
+    for paths in (images, maps or []):
+        if len(paths) > 1:
+            others = ", ".join(shown(path.name) for path in paths[1:])
+            return Fault(paths[0], "duplicate-stem", f"shares its name with {others}")
+    image = _stat(images[0])
+    if maps is None or isinstance(image, Fault):
+        return image if isinstance(image, Fault) else (image, None)
+    if not maps:
+        return Fault(images[0], "missing-map", "has no saliency map")
+    saliency = _stat(maps[0])
+    return saliency if isinstance(saliency, Fault) else (image, saliency)
+
+
+def _judge(image: _File, reply: Reply, map_file: _File | None, map_reply: Reply | None) -> Fault | None:
+    """The fault of a decoded pair, if it has one."""
+    if reply["kind"]:
+        return Fault(image.path, reply["kind"], reply["message"])
+    if map_file is None or map_reply is None:
+        return None
+    if map_reply["kind"]:
+        return Fault(map_file.path, map_reply["kind"], map_reply["message"])
+    width, height, map_width, map_height = reply["width"], reply["height"], map_reply["width"], map_reply["height"]
+    if map_width <= width and map_height <= height and _same_aspect(width, height, map_width, map_height):
+        return None
+    message = f"map is {map_width}x{map_height}, its image {width}x{height}"
+    if reply["orientation"] >= 5 and _same_aspect(height, width, map_width, map_height):
+        message += "; the image has an EXIF rotation, which is not applied: the map must fit the stored pixels"
+    return Fault(map_file.path, "size-mismatch", message)
+
+
+def _same_aspect(width: int, height: int, map_width: int, map_height: int) -> bool:
+    """Whether scaling one side of the image to the map leaves at most a pixel of difference on the other."""
+    return abs(map_width * height - map_height * width) <= max(width, height)
+
+
+def usable(dataset: Dataset, *, skip_invalid: bool, on_empty_saliency: str) -> Dataset:
+    """The part of a scanned dataset that training may use.
+
+    Args:
+        dataset: from :func:`scan`.
+        skip_invalid: leave faulty files out instead of failing.
+        on_empty_saliency: "error", "skip" (leave those samples out) or "unconstrained" (keep them).
+
+    Returns:
+        A dataset whose ``faults`` record everything that was left out.
+
+    Raises:
+        UserError: there are faults or empty maps that may not be left out, or nothing remains.
+    """
+    if on_empty_saliency not in ("error", "skip", "unconstrained"):
+        raise ValueError(f"got on_empty_saliency {on_empty_saliency!r}, expected error, skip or unconstrained")
+    if dataset.faults and not skip_invalid:
+        raise UserError(
+            f"{_list(dataset.faults, 'faulty file', 'faulty files')}; cast-fast validate lists all, "
+            "--skip-invalid trains without them"
+        )
+    empty = dataset.empty_maps()
+    if empty and on_empty_saliency == "error":
+        raise UserError(
+            f"{_list(empty, 'empty saliency map', 'empty saliency maps')}; "
+            "--on-empty-saliency skip or unconstrained trains all the same"
+        )
+    samples, left_out = dataset.samples, dataset.faults
+    if on_empty_saliency == "skip":
+        samples = tuple(sample for sample in samples if not sample.empty)
+        left_out += empty
+    if not samples:
+        raise UserError(f"no usable image is left in {shown(dataset.images)}: {len(left_out)} left out")
+    if left_out:
+        _log.warning("%s left out, %d samples remain", _list(left_out, "file", "files"), len(samples))
+    return replace(dataset, samples=samples, faults=left_out)
+
+
+def _list(faults: tuple[Fault, ...], singular: str, plural: str) -> str:
+    """Count and the first few of the faults, for one line."""
+    first = "; ".join(map(str, faults[:_SHOWN]))
+    more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+    return f"{len(faults)} {singular if len(faults) == 1 else plural} ({first}{more})"
+
+
+def write_faults(path: Path, faults: tuple[Fault, ...]) -> None:
+    """Writes faults as JSON lines: ``path``, ``kind``, ``message``.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    lines = [json.dumps({"path": str(f.path), "kind": f.kind, "message": f.message}) + "\n" for f in faults]
+    try:
+        path.write_text("".join(lines))
+    except OSError as error:
+        raise UserError(f"cannot write {shown(path)}: {error.strerror}") from error
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``cast-fast validate``."""
+    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--saliency", type=Path, help="folder of saliency maps; absent for images alone")
+    parser.add_argument("--labels", type=Path, help="CSV file stem,class")
+    parser.add_argument("--out", type=Path, metavar="LIST", help="write the faults here, one JSON object a line")
+    parser.add_argument("--workers", type=int, help="decoding processes; one for each CPU when absent")
+    parser.add_argument("--manifest", type=Path, help="cache of what is known of each file; in ~/.cache when absent")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs ``cast-fast validate``; returns 0 for a clean dataset, 1 for one with faults or empty maps."""
+    dataset = scan(
+        args.images,
+        args.saliency,
+        labels=args.labels,
+        workers=args.workers,
+        manifest=args.manifest,
+        progress=True,
+    )
+    faults = dataset.faults + dataset.empty_maps()
+    noun = "images" if args.saliency is None else "pairs"
+    print(f"{len(dataset)} intact {noun}, {dataset.decoded} files decoded now")
+    if dataset.samples:
+        short = [min(sample.width, sample.height) for sample in dataset.samples]
+        print(f"shorter side: {min(short)} to {max(short)} pixels, median {sorted(short)[len(short) // 2]}")
+    if args.labels is not None:
+        classes = Counter(sample.label for sample in dataset.samples if sample.label is not None)
+        print(f"{classes.total()} with a label, {len(classes)} classes")
+    for kind, count in sorted(Counter(fault.kind for fault in faults).items()):
+        first = next(fault for fault in faults if fault.kind == kind)
+        print(f"{kind}: {count}, for example {first}")
+    if args.out is not None:
+        write_faults(args.out, faults)
+        print(f"{len(faults)} faults listed in {shown(args.out)}")
+    return 1 if faults else 0
