@@ -1,0 +1,729 @@
+"""Build, loop, save: ``cast-fast pretrain``.
+
+Everything that a user can have got wrong is checked before anything expensive starts: settings, run folder, dataset,
+disk space, in this order. A run folder holds::
+
+    config.json      settings, dataset, and versions and device of every start of the run
+    metrics.csv      a row a step; see ``cast_fast.metrics``
+    timing.csv       rate, loader share and memory over stretches of steps
+    tensorboard/     the same as events
+    checkpoints/     see ``cast_fast.checkpoint``
+    skipped.csv      files left out with --skip-invalid; only where there are any
+    nonfinite.csv    steps with a non-finite loss or gradient and their samples; only where there are any
+
+A run that stops, for whatever reason, goes on with ``--resume`` as if it had never stopped: on the CPU with the very
+same bits in every tensor and in metrics.csv. SIGINT, SIGTERM and SIGUSR1 end it after the current step with a whole
+checkpoint and exit code 75, so that a scheduler knows it for unfinished.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import csv
+import dataclasses
+import datetime
+import importlib.util
+import json
+import logging
+import math
+import os
+import platform
+import random
+import resource
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from cast_fast import checkpoint, distributed
+from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args, differing_fields, flag
+from cast_fast.data import sampling
+from cast_fast.data.batch import Batch
+from cast_fast.data.saliency_crop import CropRule
+from cast_fast.encoder import cam_grid
+from cast_fast.errors import UserError
+from cast_fast.metrics import STEP_SCALARS, CsvLog, Metrics, Reading
+from cast_fast.moco import MoCo
+from cast_fast.objective import Objective
+from cast_fast.optim import build_optimizer, cosine_lr
+from cast_fast.step import TrainStep, compile_fault
+
+if TYPE_CHECKING:
+    from cast_fast.data.dali_loader import DaliLoader
+    from cast_fast.data.layout import Dataset
+
+logger = logging.getLogger("cast_fast")
+
+HELP = "pretrain an encoder"
+EXIT_STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: a run that a signal stopped and that ``--resume`` continues."""
+TIMING_EVERY = 10
+"""Steps that a row of timing.csv covers."""
+LOG_SECONDS = 30.0
+"""Time between lines of progress where the output is no terminal."""
+_NAMED_SAMPLES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of ``pretrain`` ended."""
+
+    run: Path
+    step: int
+    """Steps done, over all starts of the run."""
+    total_steps: int | None
+    """Length of the run; ``None`` where a signal came before it was known."""
+    stopped_by: str | None = None
+    """Name of the signal that stopped the run."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether every step of the run is done."""
+        return self.step == self.total_steps
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds a flag for every field of ``PretrainConfig``."""
+    add_config_arguments(parser)
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs ``cast-fast pretrain``; returns 0 when the run is finished, ``EXIT_STOPPED`` when a signal stopped it."""
+    outcome = pretrain(config_from_args(args))
+    return 0 if outcome.finished else EXIT_STOPPED
+
+
+def pretrain(config: PretrainConfig) -> Outcome:
+    """Trains, or continues, one run. Seeds the global random states of torch, NumPy and Python.
+
+    With ``config.resume`` the run in ``config.out`` goes on from its newest whole checkpoint; a folder without a run
+    starts a new one, so that a job script needs one command line for its first and every later start.
+
+    Raises:
+        UserError: a setting, the dataset, the run folder or the disk does not allow the run, or it met too many
+            non-finite steps in a row. Nothing saved earlier is lost.
+    """
+    with _Signals() as signals:
+        try:
+            return _pretrain(config, signals)
+        except _Stopped as stopped:
+            logger.warning("%s before the first step: nothing to save", stopped)
+            assert config.out is not None
+            return Outcome(config.out, 0, None, str(stopped))
+
+
+def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
+    config.require_dataset()
+    assert config.out is not None
+    world = distributed.world_from_environment()
+    if world.size > 1:
+        raise UserError(f"WORLD_SIZE={world.size}: got {world.size} processes, expected 1 in this version")
+    config.require_queue(world.size)
+    device = resolve_device(config.device)
+    kernels = use_kernels(config.kernels, device)
+    grid = cam_grid(config.arch, config.size)
+
+    with contextlib.ExitStack() as stack:
+        run = config.out
+        _check_run_folder(run, config)
+        if locked := run.is_dir():
+            stack.enter_context(_locked(run))
+        saved = checkpoint.load_last(run, set_aside=True) if config.resume else None
+        if saved is not None:
+            _require_same_config(PretrainConfig.from_json(saved.config), config, str(saved.path))
+
+        dataset = _load_dataset(config)
+        order = sampling.GlobalOrder(len(dataset.samples), config.seed, config.batch, world.rank, world.size)
+        total = config.steps or (config.epochs or 0) * order.steps_per_epoch
+        if saved is not None:
+            _require_same_dataset(saved.state["loader"], dataset)
+            if saved.step >= total:
+                logger.info("%s is finished: all %d steps are done, nothing to do", run, total)
+                return Outcome(run, saved.step, total)
+
+        _seed_everything(config.seed)
+        model = MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed).to(device)
+        optimizer = build_optimizer(model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay)
+        trainer = _Trainer(config, device, kernels, dataset, model, optimizer, total, saved)
+        trainer.require_space()
+        if not locked:
+            stack.enter_context(_locked(run))
+        trainer.write_run_folder()
+        return trainer.train(grid, order.global_batch, signals, stack)
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of ``--device``; ``auto`` is CUDA where torch finds it.
+
+    Raises:
+        UserError: CUDA is asked for and torch finds none.
+    """
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise UserError(
+            f"--device: got cuda, but torch {torch.__version__} ({built}) finds no CUDA device; expected cpu"
+        )
+    return torch.device("cuda" if available and name != "cpu" else "cpu")
+
+
+def use_kernels(name: str, device: torch.device) -> bool:
+    """Whether ``--kernels`` means the fused Triton losses on this device; the choice of ``auto`` is logged.
+
+    Raises:
+        UserError: Triton is asked for where it cannot run.
+    """
+    if name == "torch":
+        return False
+    if device.type != "cuda":
+        if name == "triton":
+            raise UserError(f"--kernels: got triton on the device {device}, expected a CUDA device; take auto or torch")
+        return False
+    fault = None if importlib.util.find_spec("triton") else "the package triton is not installed"
+    if name == "triton" and fault:
+        raise UserError(f"--kernels: got triton, but {fault}")
+    logger.info("losses: %s", f"plain torch, because {fault}" if fault else "fused Triton kernels")
+    return fault is None
+
+
+# Before the first step
+
+
+def _holds_run(run: Path) -> bool:
+    return any((run / name).exists() for name in ("config.json", "metrics.csv", checkpoint.FOLDER))
+
+
+def _check_run_folder(run: Path, config: PretrainConfig) -> None:
+    """Refuses a folder that is none, that holds a run which is not to be resumed, or a run of other settings."""
+    if run.exists() and not run.is_dir():
+        raise UserError(f"--out: got the file {run}, expected a folder")
+    if not _holds_run(run):
+        if config.resume:
+            logger.info("--resume: %s holds no run yet, starting a new one", run)
+        return
+    if not config.resume:
+        newest = checkpoint.steps(run)
+        at = f" (newest checkpoint: step {newest[0]})" if newest else ""
+        raise UserError(f"--out: {run} holds a run already{at}; continue it with --resume or name another folder")
+    path = run / "config.json"
+    if path.exists():
+        _require_same_config(PretrainConfig.from_json(_read_run_config(path)["config"]), config, str(path))
+
+
+def _read_run_config(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content["config"], dict) and isinstance(content["starts"], list):
+            return content
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error!r}; move it away to go by the checkpoints alone") from error
+    raise UserError(f"cannot read {path}: not written by cast_fast; move it away to go by the checkpoints alone")
+
+
+def _require_same_config(saved: PretrainConfig, now: PretrainConfig, where: str) -> None:
+    if differing := differing_fields(saved, now):
+        changes = ", ".join(f"{flag(name)} {before} -> {after}" for name, (before, after) in differing.items())
+        raise UserError(f"--resume: the configuration differs from {where}: {changes}")
+
+
+def _require_same_dataset(saved: dict[str, Any], dataset: Dataset) -> None:
+    if saved["dataset"] != dataset.fingerprint():
+        raise UserError(
+            f"--resume: the dataset changed: {saved['length']} usable samples when the checkpoint was written, "
+            f"{len(dataset.samples)} now, with other names or sizes; expected the same files"
+        )
+
+
+@contextlib.contextmanager
+def _locked(run: Path) -> Iterator[None]:
+    """Creates the run folder if need be and holds its lock."""
+    with contextlib.ExitStack() as stack:
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(checkpoint.exclusive(run))
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {run}: {error.strerror or error}") from error
+        yield
+
+
+def _load_dataset(config: PretrainConfig) -> Dataset:
+    from cast_fast.data import layout
+
+    if config.images is None:
+        raise UserError(f"--data: got {config.data}, but this version reads folders only: --images DIR --saliency DIR")
+    maps = config.saliency if config.needs_saliency else None
+    dataset = layout.scan(config.images, maps, progress=sys.stderr.isatty())
+    return layout.usable(dataset, skip_invalid=config.skip_invalid, on_empty_saliency=config.on_empty_saliency)
+
+
+def _seed_everything(seed: int) -> None:
+    """Seeds what is not a pure function of the seed already; order, crops and augmentations are."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 (code of others may draw from the global state)
+
+
+def _random_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)  # noqa: NPY002
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None,
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(np.array(keys, dtype=np.int64)), int(position), int(has_gauss), float(gauss)),
+    }
+
+
+def _set_random_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
+
+
+# The run
+
+
+class _Trainer:
+    """The objects of one run and what is done with them; built once everything about the user's input is checked."""
+
+    def __init__(
+        self,
+        config: PretrainConfig,
+        device: torch.device,
+        kernels: bool,
+        dataset: Dataset,
+        model: MoCo,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        saved: checkpoint.Checkpoint | None,
+    ) -> None:
+        assert config.out is not None
+        self.config, self.device, self.kernels, self.dataset = config, device, kernels, dataset
+        self.run = config.out
+        self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
+        self.first_step = self.step = 0
+        self.saved_step: int | None = None
+        self.fingerprint = dataset.fingerprint()
+        nonfinite = {"in_a_row": 0, "total": 0}
+        if saved is not None:
+            self.first_step = self.step = self.saved_step = saved.step
+            model.load_state_dict(saved.state["model"])
+            optimizer.load_state_dict(saved.state["optimizer"])
+            _set_random_state(saved.state["random"])
+            nonfinite = saved.state["progress"]["nonfinite"]
+            changed = [f"{name} {old} -> {new}" for name, new in checkpoint.versions().items()
+                       if (old := saved.versions.get(name)) != new]  # fmt: skip
+            if changed:
+                logger.warning("versions changed since the checkpoint, so the bits may: %s", ", ".join(changed))
+        self.nonfinite = _NonFinite(config.max_nonfinite, **nonfinite)
+
+    def state(self) -> dict[str, Any]:
+        """Everything that the rest of the run depends on."""
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loader": {"step": self.step, "length": len(self.dataset.samples), "dataset": self.fingerprint},
+            "random": _random_state(),
+            "progress": {
+                "step": self.step,
+                "total_steps": self.total_steps,
+                "nonfinite": {"in_a_row": self.nonfinite.in_a_row, "total": self.nonfinite.total},
+            },
+        }
+
+    def require_space(self) -> None:
+        """Checks that the checkpoints to come fit: those kept, and the one being written before the oldest goes.
+
+        Raises:
+            UserError: they do not.
+        """
+        size = checkpoint.estimated_bytes(self.state())
+        planned = math.ceil((self.total_steps - self.step) / self.config.checkpoint_every)
+        count = max(1, min(self.config.keep_checkpoints + 1, planned) - len(checkpoint.steps(self.run)))
+        what = f"{count} checkpoint{'s' if count > 1 else ''} of {size / 1e6:,.1f} MB"
+        checkpoint.require_space(self.run, count * size, what)
+
+    def write_run_folder(self) -> None:
+        """Writes config.json and the list of skipped files.
+
+        Raises:
+            UserError: the folder is not writable or the disk is full.
+        """
+        path = self.run / "config.json"
+        content = {
+            "config": self.config.to_json(),
+            "dataset": {
+                "samples": len(self.dataset.samples),
+                "skipped": len(self.dataset.faults),
+                "fingerprint": self.fingerprint,
+            },
+            "total_steps": self.total_steps,
+            "starts": [],
+        }
+        if path.exists():
+            content = _read_run_config(path)
+        content["starts"].append(
+            {
+                "step": self.step,
+                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+                "host": platform.node(),
+                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+                "threads": torch.get_num_threads(),
+                "versions": checkpoint.versions(),
+            }
+        )
+        try:
+            _write_atomically(path, json.dumps(content, indent=2) + "\n")
+            if self.dataset.faults:
+                with open(self.run / "skipped.csv", "w", newline="", encoding="utf-8") as handle:
+                    writer = csv.writer(handle, lineterminator="\n")
+                    writer.writerow(["path", "kind", "message"])
+                    writer.writerows([fault.path, fault.kind, fault.message] for fault in self.dataset.faults)
+        except OSError as error:
+            raise UserError(f"--out: cannot write into {self.run}: {error.strerror or error}") from error
+
+    def build_loader(self, grid: tuple[int, int]) -> DaliLoader:
+        """The loader at the step where the run stands."""
+        from cast_fast.data.dali_loader import Augmentation, DaliLoader
+
+        config = self.config
+        return DaliLoader(
+            self.dataset,
+            batch=config.batch,
+            size=config.size,
+            cam_grid=grid,
+            augmentation=Augmentation.from_config(config),
+            rule=CropRule(config.phi, config.pair_constraint),
+            constrained=config.constrained_crops,
+            attention=config.attention_loss,
+            seed=config.seed,
+            device=self.device.type,
+            threads=config.loader_threads,
+            start_step=self.step,
+        )
+
+    def build_step(self) -> TrainStep:
+        """The training step around the model and the optimizer."""
+        config = self.config
+        fault = compile_fault(self.device) if config.compile else None
+        if fault is not None:
+            logger.warning("training without torch.compile, which does not work here: %s", fault)
+        return TrainStep(
+            self.model,
+            self.optimizer,
+            objective=Objective(config.lam, config.loss_combination, config.temperature, config.attention_loss),
+            momentum=config.momentum,
+            precision=config.precision,
+            compile=config.compile and fault is None,
+            kernels=self.kernels,
+            clip_grad=config.clip_grad,
+        )
+
+    def train(
+        self, grid: tuple[int, int], global_batch: int, signals: _Signals, stack: contextlib.ExitStack
+    ) -> Outcome:
+        """Steps until the end, a signal, or too many non-finite steps in a row."""
+        config = self.config
+        if self.step:
+            logger.info("going on from step %d of %d in %s", self.step, self.total_steps, self.run)
+        else:
+            logger.info("%d steps on %d samples into %s", self.total_steps, len(self.dataset.samples), self.run)
+        metrics = Metrics(self.run, step=self.step)
+        stack.callback(metrics.close)
+        self.nonfinite.open(self.run, self.step, self.dataset)
+        stack.callback(self.nonfinite.close)
+        loader = self.build_loader(grid)
+        stack.callback(loader.close)
+        train_step = self.build_step()
+        display = stack.enter_context(_Display(self.step, self.total_steps))
+        clock = _Clock(global_batch, self.device)
+        signals.defer()
+        while self.step < self.total_steps and not self.nonfinite.too_many:
+            if signals.received is not None:
+                break
+            clock.start_waiting()
+            try:
+                batch = next(loader)
+            except UserError:
+                # The data failed, not the model: what was learned is kept.
+                self.save(metrics, display)
+                raise
+            clock.stop_waiting()
+            lr = cosine_lr(config.lr, global_batch, self.step, self.total_steps)
+            result = train_step(batch, lr)
+            self.step += 1
+            metrics.record(self.step, [getattr(result, name) for name in STEP_SCALARS], _host(lr, batch), batch.index)
+            self.take(metrics.read(), display)
+            if clock.tick():
+                timing = clock.measure()
+                metrics.record_timing(self.step, *timing)
+                display.timing(timing)
+            display.step(self.step)
+            if self.step % config.checkpoint_every == 0:
+                self.save(metrics, display)
+        self.save(metrics, display)
+        if self.nonfinite.too_many:
+            raise UserError(self.nonfinite.message(self.run))
+        if self.step < self.total_steps:
+            logger.warning("stopped by %s after step %d of %d; --resume goes on", signals.received, self.step,
+                           self.total_steps)  # fmt: skip
+            return Outcome(self.run, self.step, self.total_steps, signals.received)
+        logger.info("finished: %d steps in %s", self.step, self.run)
+        return Outcome(self.run, self.step, self.total_steps)
+
+    def take(self, readings: list[Reading], display: _Display) -> None:
+        """What the host learns about steps, a step or two after them."""
+        for reading in readings:
+            self.nonfinite.note(reading)
+            display.reading(reading)
+
+    def save(self, metrics: Metrics, display: _Display) -> None:
+        """Reads what is still on its way, then writes a checkpoint, unless this step has one."""
+        self.take(metrics.read(everything=True), display)
+        metrics.sync()
+        if self.saved_step == self.step:
+            return
+        checkpoint.save(
+            self.run,
+            self.step,
+            self.state(),
+            config=self.config.to_json(),
+            fingerprint=self.config.fingerprint(),
+            keep=self.config.keep_checkpoints,
+        )
+        self.saved_step = self.step
+
+
+def _host(lr: float, batch: Batch) -> tuple[float, int | None, int | None]:
+    """What the host knows about a step: ``metrics.HOST_SCALARS``."""
+    if batch.fallback is None:
+        return lr, None, None
+    query, key = batch.fallback.sum(dim=0).tolist()
+    return lr, query, key
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".tmp-{path.name}")
+    with open(temporary, "w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+
+
+class _NonFinite:
+    """Counts steps whose loss or gradient was not finite, and writes down their samples."""
+
+    COLUMNS = ("step", "loss", "grad_norm", "samples")
+
+    def __init__(self, limit: int, *, in_a_row: int, total: int) -> None:
+        self.limit, self.in_a_row, self.total = limit, in_a_row, total
+        self._log: CsvLog | None = None
+        self.too_many = False
+        self._run, self._step = Path(), 0
+        self._dataset: Dataset | None = None
+        self._last: tuple[int, list[str]] = (0, [])
+
+    def open(self, run: Path, step: int, dataset: Dataset) -> None:
+        """Cuts an existing list back to ``step``; a new one is begun only when there is something to write."""
+        self._run, self._step, self._dataset = run, step, dataset
+        if (run / "nonfinite.csv").exists():
+            self._log = CsvLog(run / "nonfinite.csv", self.COLUMNS, step=step)
+
+    def close(self) -> None:
+        """Closes the list."""
+        if self._log is not None:
+            self._log.close()
+
+    def note(self, reading: Reading) -> None:
+        """Takes one step into account."""
+        if reading.finite:
+            self.in_a_row = 0
+            return
+        assert self._dataset is not None
+        self.in_a_row += 1
+        self.total += 1
+        samples = [self._dataset.samples[index].stem for index in reading.index.tolist()]
+        self._last = (reading.step, samples)
+        values = reading.values
+        logger.warning(
+            "step %d: loss %g, gradient norm %g: nothing was changed (%d such steps in a row, %d in all); samples %s",
+            reading.step, values["loss"], values["grad_norm"], self.in_a_row, self.total, _some(samples),
+        )  # fmt: skip
+        if self._log is None:
+            self._log = CsvLog(self._run / "nonfinite.csv", self.COLUMNS, step=self._step)
+        self._log.write([reading.step, values["loss"], values["grad_norm"], json.dumps(samples)])
+        self.too_many = self.too_many or self.in_a_row >= self.limit
+
+    def message(self, run: Path) -> str:
+        """Why the run stopped."""
+        step, samples = self._last
+        return (
+            f"{self.in_a_row} steps in a row had a non-finite loss or gradient (--max-nonfinite {self.limit}), the "
+            f"last one step {step} with the samples {_some(samples)}; they changed nothing, and the last good state is "
+            f"saved in {run}; nonfinite.csv lists all samples; a lower --lr or --clip-grad may help"
+        )
+
+
+def _some(samples: list[str]) -> str:
+    shown = ", ".join(samples[:_NAMED_SAMPLES])
+    return shown if len(samples) <= _NAMED_SAMPLES else f"{shown} and {len(samples) - _NAMED_SAMPLES} more"
+
+
+# Signals
+
+
+class _Stopped(BaseException):
+    """A signal that came before the first step, when there is nothing to save; the message is the signal's name."""
+
+
+class _Signals:
+    """Turns SIGINT, SIGTERM and SIGUSR1 into a request; the second and later ones change nothing."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.received: str | None = None
+        """Name of the first signal."""
+        self._deferred = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        # Python allows handlers in the main thread only; a caller in another thread keeps its own.
+        if threading.current_thread() is threading.main_thread():
+            for number in self.SIGNALS:
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def defer(self) -> None:
+        """From now on a signal waits for the end of the step, instead of ending the preparations at once."""
+        self._deferred = True
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        first = self.received is None
+        if first:
+            self.received = signal.Signals(number).name
+        if not self._deferred:
+            if first:
+                raise _Stopped(self.received)
+            return
+        # Not through logging: the handler may interrupt code that holds a logging lock.
+        text = "finishing the step, then saving" if first else "already stopping"
+        os.write(2, f"{signal.Signals(number).name}: {text}\n".encode())
+
+
+# What the user sees
+
+
+class _Clock:
+    """Times stretches of steps on the host's clock."""
+
+    def __init__(self, images_per_step: int, device: torch.device) -> None:
+        self._images, self._device = images_per_step, device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._begin = time.perf_counter()
+        self._steps, self._waited = 0, 0.0
+
+    def start_waiting(self) -> None:
+        """The loader is asked for a batch."""
+        self._asked = time.perf_counter()
+
+    def stop_waiting(self) -> None:
+        """The loader delivered."""
+        self._waited += time.perf_counter() - self._asked
+
+    def tick(self) -> bool:
+        """Counts a step; whether the stretch is complete."""
+        self._steps += 1
+        return self._steps == TIMING_EVERY
+
+    def measure(self) -> tuple[float, float, float, int]:
+        """Seconds, images per second, share of the time waiting for the loader, peak memory; begins a new stretch."""
+        seconds = time.perf_counter() - self._begin
+        result = (seconds, self._images * self._steps / seconds, self._waited / seconds, _peak_memory(self._device))
+        self._reset()
+        return result
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: most that torch reserved on the GPU, or the largest resident size of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class _Display:
+    """A progress bar on a terminal, a log line now and then elsewhere; both on stderr."""
+
+    FIELDS = "loss {loss}  CAST {cast}  accuracy {accuracy}  {rate} images/s  loader {share}  {memory}"
+
+    def __init__(self, step: int, total_steps: int) -> None:
+        self._step, self._total = step, total_steps
+        self._fields: dict[str, str] = dict.fromkeys(("loss", "cast", "accuracy", "rate", "share", "memory"), "–")
+        self._progress: Progress | None = None
+        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
+        self._logged = time.monotonic()
+
+    def __enter__(self) -> _Display:
+        console = Console(stderr=True)
+        if console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
+                TextColumn("{task.fields[text]}"), console=console,
+            )  # fmt: skip
+            self._task = self._progress.add_task("", completed=self._step, total=self._total, text=self._text())
+            self._progress.start()
+            # The bar captures sys.stderr; log handlers opened the real one before and would tear the bar.
+            for handler in logging.getLogger().handlers:
+                if isinstance(handler, logging.StreamHandler):
+                    self._streams.append((handler, handler.setStream(sys.stderr)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handler, stream in self._streams:
+            handler.setStream(stream)
+        if self._progress is not None:
+            self._progress.stop()
+
+    def _text(self) -> str:
+        return self.FIELDS.format(**self._fields)
+
+    def reading(self, reading: Reading) -> None:
+        """Takes over a step's losses."""
+        values = reading.values
+        self._fields.update(
+            loss=f"{values['loss']:.3f}", cast=f"{values['loss_cast']:.3f}", accuracy=f"{values['accuracy']:.0%}"
+        )
+
+    def timing(self, timing: tuple[float, float, float, int]) -> None:
+        """Takes over a stretch's rates."""
+        _, rate, share, memory = timing
+        self._fields.update(rate=f"{rate:,.1f}", share=f"{share:.0%}", memory=f"{memory / 2**30:.1f} GiB")
+
+    def step(self, step: int) -> None:
+        """Shows that a step was launched."""
+        self._step = step
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, text=self._text())
+        elif time.monotonic() - self._logged >= LOG_SECONDS or step == self._total:
+            self._logged = time.monotonic()
+            logger.info("step %d/%d  %s", step, self._total, self._text())
