@@ -172,16 +172,16 @@ def _row_kernel(
 
     # The map was stored by other threads of this program.
     tl.debug_barrier()
-    position = tl.arange(0, BLOCK_P)
-    in_map = position < positions
-    offset_p = position.to(tl.int64) if WIDE_OFFSETS else position
-    offset_s = (offset_p // width) * saliency_h + (offset_p % width) * saliency_w
-    cam_map = tl.load(cam + sample * positions + position, mask=in_map, other=0.0)
-    saliency_map = tl.load(saliency_base + offset_s, mask=in_map, other=0.0).to(tl.float32)
+    place = tl.arange(0, BLOCK_P)
+    in_map = place < positions
+    place_wide = place.to(tl.int64) if WIDE_OFFSETS else place
+    offset_map = (place_wide // width) * saliency_h + (place_wide % width) * saliency_w
+    cam_map = tl.load(cam + sample * positions + place, mask=in_map, other=0.0)
+    saliency_map = tl.load(saliency_base + offset_map, mask=in_map, other=0.0).to(tl.float32)
     zero, cosine, cam_norm, saliency_norm, slope_map = _cosine_terms(cam_map, saliency_map)
     tl.store(loss + sample, 1 - cosine)
     if WITH_GRADIENT:
-        tl.store(slope + sample * positions + position, slope_map, mask=in_map)
+        tl.store(slope + sample * positions + place, slope_map, mask=in_map)
         change = (cam_sum * (cosine / cam_norm) - salient_sum / saliency_norm) / cam_norm
         tl.store(alpha_gradient + sample * channels + channel, tl.where(zero, 0.0, change), mask=in_channels)
 
@@ -267,17 +267,17 @@ def _wide_kernel(
         tl.store(cam + sample * positions + position, tl.where(raw <= 0, 0.0, raw), mask=in_rows)
 
     tl.debug_barrier()
-    position = tl.arange(0, BLOCK_P)
-    in_map = position < positions
-    offset_p = position.to(tl.int64) if WIDE_OFFSETS else position
-    offset_s = (offset_p // width) * saliency_h + (offset_p % width) * saliency_w
-    cam_map = tl.load(cam + sample * positions + position, mask=in_map, other=0.0)
-    saliency_map = tl.load(saliency + sample * saliency_n + offset_s, mask=in_map, other=0.0).to(tl.float32)
+    place = tl.arange(0, BLOCK_P)
+    in_map = place < positions
+    place_wide = place.to(tl.int64) if WIDE_OFFSETS else place
+    offset_map = (place_wide // width) * saliency_h + (place_wide % width) * saliency_w
+    cam_map = tl.load(cam + sample * positions + place, mask=in_map, other=0.0)
+    saliency_map = tl.load(saliency + sample * saliency_n + offset_map, mask=in_map, other=0.0).to(tl.float32)
     _, cosine, _, _, slope_map = _cosine_terms(cam_map, saliency_map)
     tl.store(loss + sample, 1 - cosine)
 
     if WITH_GRADIENT:
-        tl.store(slope + sample * positions + position, slope_map, mask=in_map)
+        tl.store(slope + sample * positions + place, slope_map, mask=in_map)
         tl.debug_barrier()
         for first in range(0, channels, BLOCK_C):
             channel = first + tl.arange(0, BLOCK_C)
@@ -299,7 +299,7 @@ def _wide_kernel(
             tl.store(alpha_gradient + sample * channels + channel, total, mask=in_channels)
 
 
-def _outputs(activations: Tensor, with_gradient: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def allocate(activations: Tensor, with_gradient: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Empty loss (N,), cam (N, H, W), slope (N, H, W), alpha_gradient (N, C); the last two of size 0 if not wanted."""
     samples, channels, height, width = activations.shape
     loss = activations.new_empty((samples,), dtype=dtype)
@@ -368,7 +368,7 @@ def _launch(
     activations: Tensor, alpha: Tensor, saliency: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _warn_of_slow_strides(activations)
-    outputs = _outputs(activations, with_gradient, torch.float32)
+    outputs = allocate(activations, with_gradient, torch.float32)
     plan(activations, alpha, saliency, outputs, None).run()
     return outputs
 
@@ -378,7 +378,7 @@ def _launch_from_gradient(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     _warn_of_slow_strides(activations)
     _warn_of_slow_strides(gradient)
-    outputs = _outputs(activations, with_gradient, torch.float32)
+    outputs = allocate(activations, with_gradient, torch.float32)
     alpha = activations.new_empty(activations.shape[:2], dtype=torch.float32)
     plan(activations, gradient, saliency, outputs, alpha).run()
     return *outputs, alpha
@@ -392,8 +392,8 @@ def _warn_of_slow_strides(tensor: Tensor) -> None:
     if not _warned_of_slow_strides and tensor.shape[1] > 1 and tensor.stride(1) != 1:
         _warned_of_slow_strides = True
         _log.warning(
-            "gradcam_cosine reads a tensor of shape %s whose channels are not contiguous (strides %s): right, but several "
-            "times slower than channels-last memory; convert once with .to(memory_format=torch.channels_last)",
+            "gradcam_cosine reads a tensor of shape %s whose channels are not contiguous (strides %s): right, but "
+            "several times slower than channels-last memory; convert once with .to(memory_format=torch.channels_last)",
             tuple(tensor.shape),
             tensor.stride(),
         )
@@ -422,7 +422,7 @@ def _operator_cpu(
 def _operator_fake(
     activations: Tensor, alpha: Tensor, saliency: Tensor, with_gradient: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(activations, with_gradient, reference.wide_dtype(activations, alpha, saliency))
+    return allocate(activations, with_gradient, reference.wide_dtype(activations, alpha, saliency))
 
 
 @torch.library.custom_op("cast_kernels::gradcam_cosine_from_gradient", mutates_args=(), device_types="cuda")
@@ -447,7 +447,7 @@ def _operator_from_gradient_fake(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = reference.wide_dtype(activations, gradient, saliency)
     alpha = activations.new_empty(activations.shape[:2], dtype=dtype)
-    return *_outputs(activations, with_gradient, dtype), alpha
+    return *allocate(activations, with_gradient, dtype), alpha
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -56,6 +56,8 @@ MAX_DIMENSION = 512
 LOG2_E = 1.4426950408889634
 """Exponentials are taken to base 2, which is what the hardware has."""
 
+Buffers = tuple[Tensor, Tensor, Tensor, Tensor]
+
 
 @triton.jit
 def _partials_kernel(
@@ -229,8 +231,8 @@ def plan(
     key: Tensor,
     queue: Tensor,
     temperature: float,
-    partials: tuple[Tensor, Tensor, Tensor, Tensor],
-    outputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    partials: Buffers,
+    outputs: Buffers,
     finish: bool,
 ) -> tuple[Launch, Launch]:
     """The two launches for these tensors."""
@@ -290,12 +292,9 @@ def split_count(query: Tensor, queue: Tensor) -> int:
     return triton.cdiv(keys, _keys_per_split(keys, wanted, block_k))
 
 
-def _launch(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, finish: bool, splits: int | None = None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, ∂loss/∂query, 1 - p⁺ and beaten; or total, weighted, maximum and beaten unless ``finish``."""
+def allocate(query: Tensor, splits: int) -> tuple[Buffers, Buffers]:
+    """Empty partials (total, weighted, beaten, maximum, each with a leading dimension of splits) and final results."""
     samples, dimension = query.shape
-    splits = split_count(query, queue) if splits is None else splits
     partials = (
         query.new_empty((splits, samples), dtype=torch.float32),
         query.new_empty((splits, samples, dimension), dtype=torch.float32),
@@ -308,6 +307,14 @@ def _launch(
         query.new_empty((samples,), dtype=torch.float32),
         query.new_empty((samples,), dtype=torch.int64),
     )
+    return partials, outputs
+
+
+def _launch(
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float, finish: bool, splits: int | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, ∂loss/∂query, 1 - p⁺ and beaten; or total, weighted, maximum and beaten unless ``finish``."""
+    partials, outputs = allocate(query, split_count(query, queue) if splits is None else splits)
     for launch in plan(query, key, queue, temperature, partials, outputs, finish):
         launch.run()
     return outputs
