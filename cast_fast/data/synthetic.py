@@ -64,6 +64,7 @@ _FORMAT = 1
 _JPEG_QUALITY = 92
 _MIN_SIDE, _MAX_SIDE = 64, 4096
 _MIN_VISIBLE = 0.6
+_SHADOW = 0.5
 _FEW = 24  # below this many scenes, starting processes costs more than it saves
 
 # Names of the independent random streams of a scene.
@@ -139,14 +140,18 @@ def make_scene(seed: int, index: int, correlation: float, size: tuple[int, int] 
     finish = _stream(seed, index, _FINISH)
     scenery = draw_background(background, _stream(seed, index, _SCENERY), height, width)
     scenery = blur(scenery, float(finish.uniform(0, 1.8)) * min(width, height) / 480)
-    objects = _stream(seed, index, _OBJECTS)
-    light = _light(objects)
-    placed = _arrange(objects, label, width, height)
-    layers = [_Layer(draw_object(p.name, p.pose, light, objects), p.main) for p in placed]
-    layers = _uncover_main(layers, height, width)
-    picture, cover = _compose(scenery, layers, light)
-    saliency = np.where(cover >= 0.5, 255, 0).astype(np.uint8)
+    layers, light = _draw_layers(_stream(seed, index, _OBJECTS), label, width, height)
+    picture = _compose(scenery, layers, light)
+    saliency = np.where(_main_coverage(layers, height, width) >= 0.5, 255, 0).astype(np.uint8)
     return Scene(_develop(picture, finish), saliency, label, background)
+
+
+def _draw_layers(rng: np.random.Generator, label: str, width: int, height: int) -> tuple[list[_Layer], Field]:
+    """The drawn objects back to front, and the light that they are lit by."""
+    light = _light(rng)
+    placed = _arrange(rng, label, width, height)
+    layers = [_Layer(draw_object(p.name, p.pose, light, rng), p.main) for p in placed]
+    return _uncover_main(layers, height, width), light
 
 
 def _light(rng: np.random.Generator) -> Field:
@@ -227,8 +232,8 @@ def _uncover_main(layers: list[_Layer], height: int, width: int) -> list[_Layer]
     return [layer for layer in layers if not layer.main] + mains
 
 
-def _compose(scenery: Field, layers: list[_Layer], light: Field) -> tuple[Field, Field]:
-    """Paints the layers back to front with soft shadows; returns the picture and the main objects' coverage."""
+def _compose(scenery: Field, layers: list[_Layer], light: Field) -> Field:
+    """Paints the layers back to front over the scenery, each with a soft shadow."""
     picture = scenery.copy()
     height, width = picture.shape[:2]
     ambience = (0.72 + 0.45 * scenery.mean((0, 1))).astype(np.float32)
@@ -239,13 +244,13 @@ def _compose(scenery: Field, layers: list[_Layer], light: Field) -> tuple[Field,
         drop = round(-float(light[1]) * 0.12 * side), round(-float(light[0]) * 0.12 * side)
         cast = Sprite(sprite.colour, shadow, sprite.top - pad + drop[0], sprite.left - pad + drop[1])
         rows, columns, own_rows, own_columns = _window(cast, height, width)
-        picture[rows, columns] *= (1 - 0.5 * shadow[own_rows, own_columns])[..., None]
+        picture[rows, columns] *= (1 - _SHADOW * shadow[own_rows, own_columns])[..., None]
         rows, columns, own_rows, own_columns = _window(sprite, height, width)
         alpha = sprite.alpha[own_rows, own_columns, None]
         window = picture[rows, columns]
         window *= 1 - alpha
         window += sprite.colour[own_rows, own_columns] * ambience * alpha
-    return picture, _main_coverage(layers, height, width)
+    return picture
 
 
 def _develop(picture: Field, rng: np.random.Generator) -> NDArray[np.uint8]:

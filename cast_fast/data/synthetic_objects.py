@@ -1,7 +1,7 @@
 """The twelve object classes of the made scenes: outlines, surface patterns, and shading as if lit from one side.
 
 Every class has its own outline and its own pattern; colour, proportions, pattern scale, pose and light vary within
-the class. Shapes are described in the object's own frame (x to the right, y down, inside the unit disc).
+the class. Shapes are described in the object's own frame: x to the right, y down, about as large as the unit disc.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ from cast_fast.data.synthetic_paint import (
 
 Pattern = Callable[[Field, Field], Field]
 
+_REACH = 1.2  # no outline goes farther from the centre, in radii
+
 
 class Pose(NamedTuple):
     """Where an object stands: centre (x, y) and radius in pixels, turn in radians, mirrored or not."""
@@ -51,7 +53,7 @@ class _Canvas:
     """Paints parts back to front, each an outline with a colour pattern and a rounded relief."""
 
     def __init__(self, pose: Pose, light: Field, rng: np.random.Generator) -> None:
-        self.side = 2 * int(np.ceil(pose.radius * 1.04)) + 4
+        self.side = 2 * int(np.ceil(pose.radius * _REACH)) + 4
         self.left = round(pose.x - self.side / 2)
         self.top = round(pose.y - self.side / 2)
         self.radius = pose.radius
