@@ -59,7 +59,7 @@ THRESHOLD = 127  # salient: value > THRESHOLD
 WINDOW_SHAPE = (2, ATTEMPTS + 1, 2 + 4 * TRIES)
 PAIR_CONSTRAINTS = ("overlap", "independent")
 
-_MAX_PIXELS = 2**31 - 1  # the native operators count in 32 bits
+_MAX_PIXELS = 2**30  # the native operators add coordinates in 32 bits
 
 _Window = tuple[int, int, int, int]
 
@@ -217,7 +217,7 @@ def unconstrained_windows(height: int, width: int, random: NDArray[np.float64]) 
         ValueError: if a side is below 1 or the random numbers have a wrong dtype or shape.
     """
     if height < 1 or width < 1 or height * width > _MAX_PIXELS:
-        raise ValueError(f"got a grid of {height} x {width}, expected sides of at least 1 and below 2**31 pixels")
+        raise ValueError(f"got a grid of {height} x {width}, expected sides of at least 1 and at most 2**30 pixels")
     _check_random(random)
     chosen: list[tuple[int, int, int, int]] = []
     fallback = [True, True]
