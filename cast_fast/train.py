@@ -119,7 +119,8 @@ def pretrain(config: PretrainConfig) -> Outcome:
         except _Stopped as stopped:
             logger.warning("%s before the first step: nothing to save", stopped)
             assert config.out is not None
-            return Outcome(config.out, 0, None, str(stopped))
+            saved = checkpoint.steps(config.out)
+            return Outcome(config.out, saved[0] if saved else 0, None, str(stopped))
 
 
 def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
@@ -155,6 +156,7 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         model = MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed).to(device)
         optimizer = build_optimizer(model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay)
         trainer = _Trainer(config, device, kernels, dataset, model, optimizer, total, saved)
+        del saved  # a copy of the whole state
         trainer.require_space()
         if not locked:
             stack.enter_context(_locked(run))
@@ -326,7 +328,7 @@ class _Trainer:
             changed = [f"{name} {old} -> {new}" for name, new in checkpoint.versions().items()
                        if (old := saved.versions.get(name)) != new]  # fmt: skip
             if changed:
-                logger.warning("versions changed since the checkpoint, so the bits may: %s", ", ".join(changed))
+                logger.warning("versions changed since the checkpoint: %s: last bits may differ", ", ".join(changed))
         self.nonfinite = _NonFinite(config.max_nonfinite, **nonfinite)
 
     def state(self) -> dict[str, Any]:
@@ -374,16 +376,21 @@ class _Trainer:
         }
         if path.exists():
             content = _read_run_config(path)
-        content["starts"].append(
-            {
-                "step": self.step,
-                "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-                "host": platform.node(),
-                "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
-                "threads": torch.get_num_threads(),
-                "versions": checkpoint.versions(),
-            }
-        )
+        start = {
+            "step": self.step,
+            "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "host": platform.node(),
+            "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "versions": checkpoint.versions(),
+        }
+        for before in content["starts"][-1:]:
+            for name in ("device", "threads"):
+                if before.get(name) != start[name]:
+                    logger.warning(
+                        "%s changed from %s to %s: last bits may differ", name, before.get(name), start[name]
+                    )
+        content["starts"].append(start)
         try:
             _write_atomically(path, json.dumps(content, indent=2) + "\n")
             if self.dataset.faults:
@@ -417,6 +424,8 @@ class _Trainer:
     def build_step(self) -> TrainStep:
         """The training step around the model and the optimizer."""
         config = self.config
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # one shape for the whole run: the search for algorithms pays
         fault = compile_fault(self.device) if config.compile else None
         if fault is not None:
             logger.warning("training without torch.compile, which does not work here: %s", fault)
@@ -688,7 +697,7 @@ class _Display:
         if console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"), console=console,
+                TextColumn("{task.fields[text]}"), console=console, refresh_per_second=2,
             )  # fmt: skip
             self._task = self._progress.add_task("", completed=self._step, total=self._total, text=self._text())
             self._progress.start()

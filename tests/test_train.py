@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import json
 import logging
 import os
+import pty
 import shutil
 import signal
 import subprocess
@@ -24,6 +26,7 @@ from test_checkpoint import assert_equal_states
 from cast_fast import checkpoint, train
 from cast_fast.config import PretrainConfig
 from cast_fast.data.batch import Batch
+from cast_fast.data.dali_loader import DaliLoader
 from cast_fast.data.synthetic import write_dataset
 from cast_fast.errors import UserError
 from cast_fast.step import StepMetrics, TrainStep
@@ -397,6 +400,61 @@ def test_too_many_nonfinite_steps_stop_with_the_last_good_state(
 
 
 # Odds and ends
+
+
+def test_failing_data_keep_what_was_learned(
+    undisturbed: Path, scenes: Path, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the loader gives up in the middle of a run, the steps before are saved."""
+    original = DaliLoader.__next__
+
+    def fail(self: DaliLoader) -> Batch:
+        if self.step == 3:
+            raise UserError("too many broken files")
+        return original(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DaliLoader, "__next__", fail)
+        with pytest.raises(UserError, match="too many broken files"):
+            train.pretrain(settings(scenes, run))
+    assert checkpoint.steps(run) == [3]
+    assert train.pretrain(settings(scenes, run, resume=True)).finished
+    assert_same_run(run, undisturbed)
+
+
+def test_changed_machine_is_said(
+    undisturbed: Path, scenes: Path, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(undisturbed, run)
+    shutil.rmtree(run / "checkpoints" / "step-6")
+    versions = {**checkpoint.versions(), "torch": "99.0"}
+    monkeypatch.setattr(checkpoint, "versions", lambda: versions)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    assert train.pretrain(settings(scenes, run, resume=True)).finished
+    assert f"torch {torch.__version__} -> 99.0" in caplog.text
+    assert "threads changed from 1 to 64" in caplog.text
+
+
+def test_progress_bar_on_a_terminal(scenes: Path, run: Path) -> None:
+    """The command under a pseudo-terminal: losses, rates and log lines, and nothing torn."""
+    code = "import sys; from cast_fast import train; train.TIMING_EVERY = 2; " + PLAIN.removeprefix("import sys; ")
+    primary, secondary = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "160"}
+    command = [sys.executable, "-c", code, *command_line(settings(scenes, run))]
+    process = subprocess.Popen(command, stdout=secondary, stderr=secondary, stdin=secondary, env=environment)
+    os.close(secondary)
+    shown = b""
+    # Linux reports the far end's closing as an input/output error.
+    with contextlib.suppress(OSError):
+        while data := os.read(primary, 1 << 16):
+            shown += data
+    os.close(primary)
+    assert process.wait() == 0, shown.decode()
+    text = shown.decode()
+    assert "6/6" in text
+    for word in ("loss", "CAST", "accuracy", "images/s", "loader", "GiB"):
+        assert word in text
+    assert "finished: 6 steps" in text
 
 
 def test_two_processes_never_share_a_run_folder(scenes: Path, tmp_path: Path) -> None:
