@@ -74,9 +74,12 @@ if [[ -z $python ]]; then
   [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
 fi
 command -v "$python" >/dev/null || fail "PYTHON: $python not found"
-"$python" -c 'import torch' 2>/dev/null || fail "$python has no torch; name another interpreter with PYTHON=…"
-"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' ||
-  fail "torch finds no CUDA device here; --dry-run lists the phases"
+"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' 2>/dev/null
+case $? in
+  0) ;;
+  3) fail "torch finds no CUDA device here; --dry-run lists the phases" ;;
+  *) fail "$python has no torch; name another interpreter with PYTHON=…" ;;
+esac
 
 budget=${GPU_CHECK_SECONDS:-530}
 [[ $budget =~ ^[0-9]+$ ]] || fail "GPU_CHECK_SECONDS: got $budget, expected a number of seconds"

@@ -1,0 +1,465 @@
+"""The main job: how many image pairs a second a training step of CAST takes, and what each idea contributes.
+
+    python benchmarks/throughput.py [--quick] [--device cpu|cuda] [--arch resnet50] [--batch N] [--size 224]
+                                    [--images DIR --saliency DIR] [--out DIR] [--variants a,b,…]
+
+One run measures a ladder of ways to take the same step (``ladder.py`` says what each line is), interleaved, all with
+one trunk and one size. Each line shows images (pairs) a second, its speed-up over ``published``, its overhead over
+``moco`` (in theory 5/4: five trunk units against four) and the fraction of ``trunk-bound`` that it reaches; on CUDA
+also its peak memory. Then ``loader`` is the DALI loader alone, ``end-to-end`` the loader feeding the best step, with a
+word on which of the two limits. Without data of your own the loader reads made scenes, which are kept for the next run.
+
+The output folder gets ``results.jsonl`` (a record as soon as a line ends), ``samples.jsonl`` (raw seconds),
+``summary.json``, ``environment.json`` and ``throughput.png``. A line that fails says why and the others go on.
+
+Exit code: 0 all lines that can run here ran, 1 a line failed, 2 a wrong flag, 130 interrupted (what was measured until
+then is written).
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import harness
+import ladder
+
+from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
+from cast_fast.data import layout
+from cast_fast.data.batch import Batch
+from cast_fast.data.saliency_crop import CropRule
+from cast_fast.data.synthetic import write_dataset
+from cast_fast.encoder import cam_grid
+from cast_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from cast_fast.data.dali_loader import DaliLoader
+
+LOADING = ("loader", "end-to-end")
+LINES = (*ladder.LADDER, *ladder.BESIDE, *LOADING)
+THEORY = 5 / 4
+"""Trunk units of a CAST step over those of a MoCo step."""
+TURN = 4
+"""Batches in one timed turn of a loader line: more than the two that DALI prefetches, which would hide its rate."""
+CPU_SECONDS = 400.0
+"""On a CPU no further round starts after this many seconds, so that a run without flags ends within eight minutes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run does."""
+
+    settings: ladder.Settings
+    out: Path
+    lines: tuple[str, ...]
+    repeats: int
+    calls: int
+    deadline: float | None
+    """``time.monotonic()`` after which no further round starts."""
+    threads: int
+    scenes: int
+    chart: bool = True
+
+
+@dataclass
+class Report:
+    """Outcomes so far, and what is said about them."""
+
+    plan: Plan
+    results: harness.Results
+    outcomes: dict[str, harness.Outcome] = field(default_factory=dict)
+    absent: dict[str, str] = field(default_factory=dict)
+    """Line -> why it is not there; not a failure."""
+    peaks: dict[str, int] = field(default_factory=dict)
+    limit: str | None = None
+    """``loader`` or ``step``: what limits the end-to-end rate."""
+
+    def rate(self, name: str) -> float | None:
+        """Median images a second of a line, None where it was not measured."""
+        outcome = self.outcomes.get(name)
+        if not isinstance(outcome, harness.Measurement):
+            return None
+        return self.images(name) / outcome.median
+
+    def images(self, name: str) -> int:
+        """Images of one timed call."""
+        return self.plan.settings.batch * (TURN if name in LOADING else 1)
+
+    def ratio(self, top: str, bottom: str) -> float | None:
+        """Rate of one line over that of another."""
+        first, second = self.rate(top), self.rate(bottom)
+        return None if first is None or second is None else first / second
+
+    def add(self, name: str, outcome: harness.Outcome, state_bytes: int | None) -> None:
+        """Records a line that has just ended."""
+        settings, images = self.plan.settings, self.images(name)
+        self.outcomes[name] = outcome
+        units = ladder.TRUNK_UNITS.get(name)
+        record = self.results.record(
+            name if name in LOADING else "step",
+            name,
+            outcome,
+            dtype="uint8" if name == "loader" else settings.line_precision(name),
+            shape=settings.shape,
+            unit="images/s",
+            scale=lambda seconds: images / seconds,
+            flops=units * ladder.trunk_flops(settings) if units else None,
+            fraction_of_bound=self.ratio(name, "trunk-bound") if name != "loader" else None,
+        )
+        self.results.add(record)
+        if isinstance(outcome, harness.Measurement) and outcome.peak_bytes is not None and state_bytes is not None:
+            peak = outcome.peak_bytes + state_bytes
+            self.peaks[name] = peak
+            held = harness.Measurement((float(peak),))
+            self.results.add(
+                self.results.record(
+                    "peak_memory", name, held, dtype=record.dtype, shape=settings.shape, unit="bytes", bytes=peak
+                )
+            )
+
+    @property
+    def failed(self) -> dict[str, str]:
+        """Line -> reason."""
+        return {name: out.reason for name, out in self.outcomes.items() if isinstance(out, harness.Failure)}
+
+
+def measure_steps(report: Report) -> dict[str, ladder.Built]:
+    """Measures every step line that the plan names and that can run here; returns the built lines."""
+    plan = report.plan
+    cuda = plan.settings.device.type == "cuda"
+    built: dict[str, ladder.Built] = {}
+    state_bytes: dict[str, int] = {}
+
+    def factory(name: str) -> harness.Line:
+        def build() -> Callable[[], object]:
+            built[name] = ladder.build(name, plan.settings)
+            return built[name].run
+
+        return build
+
+    def on_line(name: str, outcome: harness.Outcome) -> None:
+        if isinstance(outcome, harness.Failure):
+            built.pop(name, None)
+            say(f"{name}: failed: {outcome.reason}")
+        elif name in built:
+            state_bytes[name] = harness.tensor_bytes(*built[name].state)
+        report.add(name, outcome, state_bytes.get(name))
+
+    # The bound and MoCo come first in each round, so that every other line finds them measured when it ends.
+    order = [name for name in (*reversed(ladder.BESIDE), *ladder.LADDER) if name in plan.lines]
+    for name in order:
+        if reason := ladder.absent(name, plan.settings):
+            report.absent[name] = reason
+    harness.interleave(
+        {name: factory(name) for name in order if name not in report.absent},
+        device=plan.settings.device,
+        repeats=plan.repeats,
+        warmup=3 if cuda else 1,
+        calls=plan.calls,
+        settle=2 if cuda else 0,
+        release=cuda,
+        deadline=plan.deadline,
+        on_built=lambda name, seconds: say(f"{name}: ready after {seconds:.1f} s"),
+        on_sample=report.results.sample,
+        on_line=on_line,
+    )
+    return built
+
+
+def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, ladder.Built]) -> None:
+    """Measures the loader alone and the loader feeding the product's step."""
+    plan = report.plan
+    cuda = plan.settings.device.type == "cuda"
+    loader = build_loader(plan, dataset)
+
+    def take() -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(TURN):
+                next(loader)
+
+        return run
+
+    def train() -> Callable[[], object]:
+        name = product_line(plan.settings)
+        line = built.get(name) or ladder.build(name, plan.settings)
+        step: Callable[[Batch], object] | None = line.step
+        assert step is not None
+
+        def run() -> None:
+            for _ in range(TURN):
+                step(next(loader))
+
+        return run
+
+    try:
+        lines = {"loader": take, "end-to-end": train}
+        harness.interleave(
+            {name: line for name, line in lines.items() if name in plan.lines},
+            device=plan.settings.device,
+            repeats=plan.repeats,
+            warmup=1,
+            settle=1,
+            release=cuda,
+            deadline=plan.deadline,
+            on_sample=report.results.sample,
+            on_line=lambda name, outcome: report.add(name, outcome, None),
+        )
+    finally:
+        loader.close()
+    loading, step = report.rate("loader"), report.rate(product_line(plan.settings))
+    if loading is not None and step is not None:
+        report.limit = "loader" if loading < step else "step"
+
+
+def product_line(settings: ladder.Settings) -> str:
+    """The line that ``cast-fast pretrain`` runs on this device."""
+    return "kernels" if settings.device.type == "cuda" else "compiled"
+
+
+def dali_fault() -> str | None:
+    """Why there can be no loader here, or None."""
+    try:
+        found = importlib.util.find_spec("nvidia.dali")
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        return "DALI is not installed (pip install nvidia-dali-cuda130, or -cuda120)"
+    try:
+        importlib.import_module("nvidia.dali")
+    except (ImportError, OSError) as error:
+        return f"DALI does not load: {error}"
+    return None
+
+
+def open_dataset(plan: Plan) -> layout.Dataset:
+    """The user's images, or made scenes.
+
+    Raises:
+        UserError: a folder is missing or has faults.
+    """
+    config = plan.settings.config
+    if config.data is not None:
+        raise UserError(f"--data: got {config.data}, but this version reads folders only: --images DIR --saliency DIR")
+    images, saliency = config.images, config.saliency
+    if images is None or saliency is None:
+        count = max(plan.scenes, plan.settings.batch)
+        folder = plan.out / f"scenes-{count}-{config.seed}"
+        say(f"made scenes: {count} in {folder}")
+        write_dataset(folder, count, config.seed)
+        images, saliency = folder / "images", folder / "saliency"
+    dataset = layout.usable(layout.scan(images, saliency), skip_invalid=False, on_empty_saliency="error")
+    if len(dataset) < config.batch:
+        raise UserError(f"--batch: got {config.batch}, but {images} holds {len(dataset)} images")
+    return dataset
+
+
+def build_loader(plan: Plan, dataset: layout.Dataset) -> DaliLoader:
+    """The product's loader with the settings of the steps."""
+    from cast_fast.data.dali_loader import Augmentation, DaliLoader
+
+    config = plan.settings.config
+    return DaliLoader(
+        dataset,
+        batch=config.batch,
+        size=config.size,
+        cam_grid=cam_grid(config.arch, config.size),
+        augmentation=Augmentation.from_config(config),
+        rule=CropRule(config.phi, config.pair_constraint),
+        constrained=config.constrained_crops,
+        attention=config.attention_loss,
+        seed=config.seed,
+        device=plan.settings.device.type,
+        threads=plan.threads,
+    )
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def show(report: Report) -> None:
+    """Prints the table and writes ``summary.json`` and the chart."""
+    plan, env = report.plan, report.results.environment
+    settings = plan.settings
+    cuda = settings.device.type == "cuda"
+    columns = ["line", "images/s", "p20–p80", "ms a step", "× published", "× moco time", "of trunk bound"]
+    if cuda:
+        columns.append("peak GiB")
+    rows, bars, lines = [], [], {}
+    for name in (line for line in LINES if line in plan.lines):
+        outcome = report.outcomes.get(name)
+        why = report.absent.get(name) or report.failed.get(name)
+        entry: dict[str, Any] = {"status": "absent" if name in report.absent else "failed", "reason": why}
+        group = 1 if name in ladder.BESIDE else 2 if name in LOADING else 0
+        if isinstance(outcome, harness.Measurement):
+            images = report.images(name)
+            low, rate, high = outcome.percentiles(lambda seconds, images=images: images / seconds)
+            trains = name != "loader"
+            speedup = report.ratio(name, "published") if trains else None
+            overhead = report.ratio("moco", name) if trains else None
+            fraction = report.ratio(name, "trunk-bound") if trains else None
+            milliseconds = 1000 * settings.batch / rate
+            cells = [f"{rate:,.1f}", f"{low:,.1f}–{high:,.1f}", f"{milliseconds:,.1f}"]
+            cells += ["–" if value is None else f"{value:.2f}" for value in (speedup, overhead, fraction)]
+            notes = [f"{rate:,.1f}"]
+            notes += [f"{speedup:.2f}× published"] if speedup is not None and name != "published" else []
+            notes += [f"{fraction:.0%} of bound"] if fraction is not None and name != "trunk-bound" else []
+            if cuda:
+                peak = report.peaks.get(name)
+                cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
+            bars.append(harness.Bar(name, rate, low, high, " · ".join(notes), group))
+            entry = {
+                "status": "ok",
+                "images_per_second": rate,
+                "speedup_over_published": speedup,
+                "overhead_over_moco": overhead,
+                "fraction_of_trunk_bound": fraction,
+                "peak_bytes": report.peaks.get(name),
+            }
+        else:
+            why = why or "not measured"
+            entry["reason"] = why
+            cells = [entry["status"], *[""] * (len(columns) - 2)]
+            bars.append(harness.Bar(name, None, note=f"{entry['status']}: {why}"[:90], group=group))
+        rows.append([name, *cells])
+        lines[name] = entry
+
+    title = f"CAST step, {settings.arch}, {settings.size} px, batch {settings.batch}, {settings.precision}"
+    notes = [f"{env.device}; torch {env.versions['torch']}; commit {env.commit}; {env.date}"]
+    notes += [f"{name}: {why}" for name, why in (report.absent | report.failed).items()]
+    notes.append(f"× moco time: {THEORY:.2f} in theory (five trunk units against four)")
+    if report.limit == "loader":
+        notes.append("end-to-end: the loader limits; the step waits for pictures")
+    elif report.limit == "step":
+        notes.append("end-to-end: the step limits; the loader is faster")
+    harness.print_table(title, columns, rows, notes)
+    summary = {
+        "settings": {**settings.shape, "precision": settings.precision, "device": env.device, "commit": env.commit},
+        "lines": lines,
+        "end_to_end_limited_by": report.limit,
+    }
+    (plan.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if plan.chart:
+        harness.bar_chart(
+            plan.out / "throughput.png",
+            bars,
+            title=title,
+            subtitle=notes[0],
+            xlabel="image pairs a second (median; whiskers p20–p80)",
+            groups=("CAST step", "compared with", "with loader"),
+        )
+
+
+def parse(argv: list[str] | None) -> Plan:
+    """The plan that the flags mean.
+
+    Raises:
+        UserError: a value out of range or an unknown line.
+    """
+    parser = OneLineParser(
+        prog="throughput.py", description="measure the training step as a ladder", allow_abbrev=False
+    )
+    ladder.add_arguments(parser)
+    parser.add_argument("--images", type=Path, metavar="DIR", help="your images for the loader (default: made scenes)")
+    parser.add_argument("--saliency", type=Path, metavar="DIR", help="their saliency maps")
+    parser.add_argument("--data", type=Path, metavar="SHARDS", help="WebDataset shards instead")
+    parser.add_argument("--scenes", type=int, metavar="N", help="made scenes to draw (default: 1024 on CUDA, 64)")
+    parser.add_argument("--loader-threads", type=int, default=0, metavar="N", help="DALI's CPU threads (0: all cores)")
+    parser.add_argument("--variants", metavar="A,B", help=f"only these lines, of {','.join(LINES)}")
+    parser.add_argument(
+        "--repeats", type=int, metavar="N", help="interleaved rounds (default: 10 on CUDA, 5; --quick 3)"
+    )
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="start no further round after this time")
+    parser.add_argument("--out", type=Path, default=Path("bench_out/throughput"), metavar="DIR")
+    args = parser.parse_args(argv)
+    start = time.monotonic()
+    settings = ladder.settings_from(args)
+    cuda = settings.device.type == "cuda"
+    repeats = args.repeats if args.repeats is not None else 3 if args.quick else 10 if cuda else 5
+    scenes = args.scenes if args.scenes is not None else 1024 if cuda and not args.quick else 64
+    seconds = args.max_seconds if args.max_seconds is not None else None if cuda else CPU_SECONDS
+    for flag, value, low in (
+        ("--repeats", repeats, 1),
+        ("--scenes", scenes, 1),
+        ("--loader-threads", args.loader_threads, 0),
+    ):
+        if value < low:
+            raise UserError(f"{flag}: got {value}, expected at least {low}")
+    if seconds is not None and not seconds > 0:
+        raise UserError(f"--max-seconds: got {seconds}, expected more than 0")
+    lines = LINES
+    if args.variants is not None:
+        names = [name.strip() for name in args.variants.split(",") if name.strip()]
+        for name in names:
+            if name not in LINES:
+                near = difflib.get_close_matches(name, LINES, n=1)
+                hint = f" (did you mean {near[0]}?)" if near else ""
+                raise UserError(f"--variants: got {name!r}{hint}, expected some of {', '.join(LINES)}")
+        if not names:
+            raise UserError(f"--variants: got nothing, expected some of {', '.join(LINES)}")
+        lines = tuple(name for name in LINES if name in names)
+    deadline = None if seconds is None else start + seconds
+    return Plan(settings, args.out, lines, repeats, 3 if cuda else 1, deadline, args.loader_threads, scenes)
+
+
+def run(plan: Plan) -> int:
+    """Measures what the plan says, shows it, and returns the exit code."""
+    loading = [name for name in LOADING if name in plan.lines]
+    fault = dali_fault() if loading else None
+    # Before anything is measured or overwritten, so that a fault in the user's data costs nothing.
+    dataset = open_dataset(plan) if loading and fault is None else None
+    results = harness.open_results(plan.out, harness.environment(plan.settings.device))
+    report = Report(plan, results)
+    if fault is not None:
+        report.absent |= dict.fromkeys(loading, fault)
+    code = 0
+    try:
+        built = measure_steps(report)
+        if dataset is not None:
+            try:
+                measure_loading(report, dataset, built)
+            except Exception as error:  # building or closing the loader; the ladder is measured all the same
+                failure = harness.describe(error)
+                for name in loading:
+                    if name not in report.outcomes:
+                        report.add(name, failure, None)
+    except KeyboardInterrupt:
+        code = 130
+    show(report)
+    for name, outcome in report.outcomes.items():
+        if isinstance(outcome, harness.Failure):
+            (plan.out / f"failure-{name}.txt").write_text(outcome.trace)
+            code = code or 1
+    say(f"results: {plan.out}")
+    return code
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command-line entry; returns the exit code."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return run(parse(argv))
+    except UserError as error:
+        print(f"throughput.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,156 @@
+"""The phases of ``gpu_check.sh``: order, time limits, what a second call does; with a stand-in for Python."""
+
+import os
+import subprocess
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.sh"
+
+STAND_IN = """#!/usr/bin/env bash
+# Answers as an interpreter with torch and a GPU would; what a script does is told by files in $PLAY.
+case "$*" in
+  *"import nvidia.dali"*) exit 1 ;;
+  "-c "*) exit 0 ;;
+  *"--largest-batch"*) echo 480; exit 0 ;;
+  *report.py*) touch "$2/report.md"; exit 0 ;;
+  "-m pip"*) exit 0 ;;
+esac
+echo "$*" >>"$PLAY/calls"
+for arg in "$@"; do out=$arg; done
+for rule in "$PLAY"/rule-*; do
+  [[ -f $rule && "$*" == *"$(basename "$rule" | cut -d- -f2)"* ]] && { source "$rule"; }
+done
+exit 0
+"""
+
+
+class Bench:
+    """A folder for the results and a stand-in interpreter."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.out = root, root / "out"
+        self.python = root / "python"
+        self.python.write_text(STAND_IN)
+        self.python.chmod(0o755)
+
+    def rule(self, script: str, does: str) -> None:
+        """What a script does when the stand-in is asked to run it; nothing for the empty text."""
+        path = self.root / f"rule-{script}"
+        path.unlink(missing_ok=True)
+        if does:
+            path.write_text(does)
+
+    def call(self, *flags: str, seconds: int = 530) -> subprocess.CompletedProcess[str]:
+        names = {"PYTHON": str(self.python), "PLAY": str(self.root), "GPU_CHECK_SECONDS": str(seconds)}
+        (self.root / "calls").write_text("")
+        # The tool directory first, so that a sanitizer of this machine is not run.
+        path = f"{self.root}{os.pathsep}{os.environ['PATH']}"
+        return subprocess.run(
+            [str(SCRIPT), str(self.out), *flags],
+            env={**os.environ, **names, "PATH": path},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+
+    @property
+    def calls(self) -> list[str]:
+        return (self.root / "calls").read_text().splitlines()
+
+    def status(self, phase: str) -> str:
+        path = self.out / phase / "status"
+        return path.read_text().splitlines()[0] if path.is_file() else ""
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def test_dry_run_lists_the_phases_and_leaves_no_trace(bench: Bench) -> None:
+    done = bench.call("--dry-run")
+    assert done.returncode == 0
+    phases = [line.split()[0] for line in done.stdout.splitlines()[1:]]
+    assert phases[:4] == ["environment", "tests", "ladder-256", "kernels"]
+    assert {"memcheck", "racecheck", "ladder-64", "ladder-128", "ladder-512", "profile", "memory", "loader"} < {*phases}
+    assert not bench.out.exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    done = subprocess.run([str(SCRIPT), str(tmp_path / "out")], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "CUDA" in done.stderr or "torch" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["again"], "one OUTDIR"),
+        (["--only", "everything"], "expected one of environment"),
+        (["--redo"], "expected a phase"),
+        (["--fast"], "unknown flag --fast"),
+    ],
+)
+def test_wrong_use(bench: Bench, flags: list[str], message: str) -> None:
+    done = bench.call(*flags)
+    assert done.returncode == 2
+    assert message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_all_phases_then_nothing_is_done_twice(bench: Bench) -> None:
+    (bench.root / "compute-sanitizer").write_text('#!/usr/bin/env bash\nexec "$PYTHON" "${@: -1}"\n')
+    (bench.root / "compute-sanitizer").chmod(0o755)
+    done = bench.call()
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bench.status("loader") == "skipped: DALI is not installed: no loader, no end-to-end line"
+    ladders = [call for call in bench.calls if "throughput.py" in call]
+    assert [call.split("--batch ")[1].split()[0] for call in ladders] == ["256", "512", "128", "64", "480"]
+    assert sum("sanitizer_cases.py" in call for call in bench.calls) == 2
+    assert (bench.out / "report.md").exists()
+    with tarfile.open(bench.out / "gpu_check.tar.gz") as archive:
+        assert "./ladder-256/status" in archive.getnames()
+
+    again = bench.call()
+    assert again.returncode == 0
+    assert bench.calls == []
+    assert again.stdout.count("ended in an earlier call") == 12
+
+
+def test_a_failed_phase_does_not_stop_the_others_and_is_repeated_on_demand(bench: Bench) -> None:
+    bench.rule("junit.xml", "exit 1")
+    done = bench.call("--only", "tests", "--only", "kernels")
+    assert done.returncode == 1
+    assert bench.status("tests") == "failed: exit code 1"
+    assert bench.status("kernels") == "ok"
+    bench.rule("junit.xml", "")
+    assert bench.call("--only", "tests").returncode == 1
+    assert bench.call("--only", "tests", "--redo", "tests").returncode == 0
+    assert bench.status("tests") == "ok"
+
+
+def test_the_next_call_goes_on_where_time_ran_out(bench: Bench) -> None:
+    bench.rule("kernels.py", "exit 124")  # what timeout says; the phase had less than its limit of 300 s
+    done = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512", seconds=150)
+    assert done.returncode == 75
+    assert bench.status("environment") == "ok"
+    assert "kernels: cut off" in done.stdout
+    assert "ladder-512: left for the next call" in done.stdout
+    assert "call again with the same OUTDIR" in done.stdout
+    bench.rule("kernels.py", "")
+    again = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512")
+    assert again.returncode == 0
+    assert not any("ceilings.py" in call for call in bench.calls)
+    assert [bench.status(name) for name in ("kernels", "ladder-512")] == ["ok", "ok"]
+
+
+def test_a_phase_over_its_own_limit_has_failed(bench: Bench) -> None:
+    bench.rule("kernels.py", "exit 124")
+    assert bench.call("--only", "kernels").returncode == 1
+    assert bench.status("kernels") == "failed: over its limit of 300 s; what it wrote before is kept"

@@ -1,0 +1,327 @@
+"""The main job end to end in a tiny configuration, and the scripts around it."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import ceilings
+import harness
+import ladder
+import profile_step
+import pytest
+import report
+import sanitizer_cases
+import throughput
+import torch
+
+TINY = ["--arch", "resnet18", "--size", "32", "--batch", "2", "--queue-size", "16", "--repeats", "1", "--scenes", "4"]
+STEPS = (*ladder.LADDER, *ladder.BESIDE)
+
+
+@pytest.fixture(autouse=True)
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.compile gives the function back: what it computes is tested elsewhere, and it takes a minute a line."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def tiny_settings(**flags: str) -> ladder.Settings:
+    parser = throughput.OneLineParser()
+    ladder.add_arguments(parser)
+    flags = {"device": "cpu", "arch": "resnet18", "size": "32", "batch": "2", "queue-size": "16", **flags}
+    return ladder.settings_from(parser.parse_args([f"--{name}={value}" for name, value in flags.items()]))
+
+
+def run(out: Path, *flags: str, device: str = "cpu") -> tuple[int, dict[str, dict], dict]:
+    code = throughput.main([*TINY, "--device", device, "--out", str(out), *flags])
+    lines = (out / "results.jsonl").read_text().splitlines()
+    records = {row["variant"]: row for row in map(json.loads, lines) if row["unit"] == "images/s"}
+    return code, records, json.loads((out / "summary.json").read_text())
+
+
+def test_whole_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nvidia.dali")
+    code, records, summary = run(tmp_path)
+    assert code == 0
+    assert list(summary["lines"]) == list(throughput.LINES)
+    assert summary["lines"].pop("kernels")["status"] == "absent"
+    assert summary["end_to_end_limited_by"] in ("loader", "step")
+    assert records.keys() == summary["lines"].keys()
+    for name, entry in summary["lines"].items():
+        assert entry["status"] == "ok"
+        record = records[name]
+        assert record["value"] == entry["images_per_second"] > 0
+        assert record["repeats"] == 1
+        assert record["shape"] == {"arch": "resnet18", "size": 32, "batch": 2, "queue": 16}
+        if name != "loader":
+            assert entry["speedup_over_published"] == pytest.approx(record["value"] / records["published"]["value"])
+            assert entry["overhead_over_moco"] == pytest.approx(records["moco"]["value"] / record["value"])
+            assert record["fraction_of_bound"] == pytest.approx(record["value"] / records["trunk-bound"]["value"])
+    text = capsys.readouterr().out
+    assert all(name in text for name in throughput.LINES)
+    assert "end-to-end: the" in text
+    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == len(records)
+
+
+def test_lines_differ_in_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A step hardly moves the weights, so that rounding is not amplified, but still turns over a quarter of the queue.
+    monkeypatch.setattr(ladder, "RATE", 1e-6)
+    settings = tiny_settings(batch="4", size="64")
+    losses = {}
+    for name in ("published", "published-amp", "one-pass", "closed-form", "compiled", "moco"):
+        built = ladder.build(name, settings)
+        results: list[Any] = [built.run() for _ in range(3)]
+        losses[name] = [result[0].item() if isinstance(result, tuple) else result.item() for result in results]
+    assert losses["published-amp"] == pytest.approx(losses["published"], rel=1e-4)
+    assert losses["closed-form"] == pytest.approx(losses["one-pass"], rel=1e-4)
+    assert losses["one-pass"][0] != pytest.approx(losses["one-pass"][1], rel=1e-3)
+    assert losses["compiled"] == losses["closed-form"]
+    # The released formulation has the same InfoNCE term and another attention term.
+    assert losses["published"][0] != pytest.approx(losses["one-pass"][0], rel=1e-4)
+    assert losses["moco"][0] != pytest.approx(losses["closed-form"][0], rel=1e-2)
+
+
+def test_half_precision_lines_run() -> None:
+    settings = tiny_settings(precision="bf16")
+    assert settings.line_precision("published") == "fp32"
+    for name in ("published-amp", "one-pass", "trunk-bound"):
+        assert settings.line_precision(name) == "bf16"
+        ladder.build(name, settings).run()
+
+
+def test_trunk_flops_are_those_of_the_literature() -> None:
+    # 4.09 G multiply-adds at 224 pixels (He et al., 2016), the classifier's 2 M left out.
+    settings = tiny_settings(arch="resnet50", size="224", batch="1")
+    assert ladder.trunk_flops(settings) == pytest.approx(2 * 4.087e9, rel=2e-3)
+
+
+def test_a_failing_line_is_reported_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build = ladder.build
+
+    def short_of_memory(name: str, settings: ladder.Settings) -> ladder.Built:
+        if name == "one-pass":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return build(name, settings)
+
+    monkeypatch.setattr(ladder, "build", short_of_memory)
+    code, records, summary = run(tmp_path, "--variants", "one-pass,closed-form")
+    assert code == 1
+    assert records["one-pass"]["value"] is None
+    assert records["closed-form"]["value"] > 0
+    assert summary["lines"]["one-pass"]["status"] == "failed"
+    assert "out of memory" in summary["lines"]["one-pass"]["reason"]
+    assert "CUDA out of memory" in capsys.readouterr().out
+    assert "short_of_memory" in (tmp_path / "failure-one-pass.txt").read_text()
+
+
+def test_without_dali_the_loader_lines_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(throughput.importlib.util, "find_spec", lambda name: None)
+    code, records, summary = run(tmp_path, "--variants", "closed-form,loader,end-to-end")
+    assert code == 0
+    assert records.keys() == {"closed-form"}
+    for name in throughput.LOADING:
+        assert summary["lines"][name]["status"] == "absent"
+    assert "DALI is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_keeps_what_it_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    build = ladder.build
+
+    def interrupted(name: str, settings: ladder.Settings) -> ladder.Built:
+        built = build(name, settings)
+        calls = iter(range(100))
+
+        def step() -> None:
+            if name == "closed-form" and next(calls) == 2:  # its second timed call, after one to warm up
+                os.kill(os.getpid(), number)
+            built.run()
+
+        return ladder.Built(step, built.state)
+
+    monkeypatch.setattr(ladder, "build", interrupted)
+    before = signal.getsignal(signal.SIGTERM)
+    code, records, _ = run(tmp_path, "--variants", "one-pass,closed-form", "--repeats", "5")
+    assert code == 130
+    assert {name: row["repeats"] for name, row in records.items()} == {"one-pass": 2, "closed-form": 1}
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--arch", "resnet51"], "--arch"),
+        (["--batch", "0"], "--batch"),
+        (["--batch", "1", "--size", "32"], "--batch"),
+        (["--batch", "x"], "--batch"),
+        (["--batch", "32"], "--queue-size"),
+        (["--size", "8"], "--size"),
+        (["--repeats", "0"], "--repeats"),
+        (["--scenes", "0"], "--scenes"),
+        (["--loader-threads", "-1"], "--loader-threads"),
+        (["--max-seconds", "0"], "--max-seconds"),
+        (["--variants", "compield"], "did you mean compiled"),
+        (["--variants", ","], "--variants"),
+        (["--images", "nowhere"], "--saliency"),
+        (["--images", "nowhere", "--saliency", "nowhere-either"], "nowhere"),
+        (["--data", "shards"], "--data"),
+        (["--nonsense"], "--nonsense"),
+        (["--device", "tpu"], "--device"),
+    ],
+)
+def test_a_wrong_flag_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    if message in ("nowhere", "--data"):
+        pytest.importorskip("nvidia.dali")
+    try:
+        code = throughput.main([*TINY, "--device", "cpu", "--out", str(tmp_path / "out"), *flags])
+    except SystemExit as stop:
+        code = stop.code
+    assert code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_an_earlier_result_survives_a_wrong_flag(tmp_path: Path) -> None:
+    run(tmp_path, "--variants", "closed-form")
+    kept = (tmp_path / "results.jsonl").read_text()
+    assert throughput.main([*TINY, "--device", "cpu", "--out", str(tmp_path), "--images", "x", "--saliency", "y"]) == 2
+    assert (tmp_path / "results.jsonl").read_text() == kept != ""
+
+
+@pytest.mark.gpu
+def test_ladder_on_cuda(tmp_path: Path, cuda: torch.device) -> None:
+    code, records, summary = run(tmp_path, "--variants", ",".join(STEPS), device="cuda")
+    assert code == 0
+    assert records.keys() == set(STEPS)
+    assert all(entry["peak_bytes"] > 0 for entry in summary["lines"].values())
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("sm90_xmma_fprop_implicit_gemm_bf16bf16_bf16f32_f32_nhwckrsc_nhwc_tilesize256x128x64", "convolution"),
+        ("cudnn_infer_ampere_scudnn_winograd_128x128_ldg1_ldg4_relu_tile148t_nt_v1", "convolution"),
+        ("triton_red_fused__native_batch_norm_legit_functional_relu_7", "BatchNorm"),
+        ("triton_poi_fused_convolution_relu_3", "elementwise"),
+        ("triton_red_fused_convolution_native_batch_norm_backward_threshold_backward_12", "BatchNorm"),
+        ("_gradcam_cosine_kernel", "loss"),
+        ("_info_nce_kernel", "loss"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<…LerpFunctor>", "optimizer"),
+        ("nvjet_hsh_128x64_gemm", "matmul"),
+        ("Memcpy DtoD (Device -> Device)", "copy"),
+        ("something else entirely", "other"),
+    ],
+)
+def test_kernels_are_sorted_by_kind(name: str, kind: str) -> None:
+    assert profile_step.kind_of(name) == kind
+
+
+def test_idle_time_is_what_no_kernel_covers() -> None:
+    events = [
+        {"ph": "X", "cat": "kernel", "name": "conv", "ts": 0.0, "dur": 4000.0},
+        {"ph": "X", "cat": "kernel", "name": "gemm", "ts": 2000.0, "dur": 4000.0},  # on another stream
+        {"ph": "X", "cat": "gpu_memset", "name": "Memset", "ts": 9000.0, "dur": 1000.0},
+        {"ph": "X", "cat": "cpu_op", "name": "aten::conv", "ts": 0.0, "dur": 50000.0},
+        {"ph": "i", "cat": "kernel", "name": "mark", "ts": 0.0},
+    ]
+    spans = profile_step.device_spans(events)
+    assert profile_step.busy_time(spans) == 7000
+    summary = profile_step.summarise(spans, steps=2, idle=True)
+    assert summary.total == 5.0
+    assert summary.kinds == {"convolution": (2.0, 0.5), "matmul": (2.0, 0.5), "copy": (0.5, 0.5), "idle": (1.5, 0.0)}
+    text = profile_step.markdown(summary, "title")
+    assert "| idle | 1.500 | 30.0% | 0.0 |" in text
+
+
+def test_profile_of_a_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cpu", "--arch", "resnet18", "--size", "32", "--batch", "2", "--queue-size", "16"]
+    assert profile_step.main([*flags, "--line", "closed-form", "--steps", "1", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    times = {row["variant"]: row["value"] for row in rows}
+    assert times["convolution"] > times.get("pooling", 0.0) > 0
+    assert {"BatchNorm", "optimizer"} <= times.keys()
+    assert "convolution" in (tmp_path / "profile.md").read_text()
+    capsys.readouterr()
+    assert profile_step.main([*flags, "--line", "kernels", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_ceilings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = {name: ceilings.CONVOLUTIONS[name] for name in ("stem 7×7/2", "layer4 3×3 512")}
+    monkeypatch.setattr(ceilings, "CONVOLUTIONS", small)
+    assert ceilings.main(["--device", "cpu", "--batch", "1", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [row["variant"] for row in rows][:2] == ["copy", "matmul"]
+    assert len(rows) == 2 + 2 * len(small)
+    assert all(row["value"] > 0 for row in rows)
+    assert rows[2]["flops"] == 2 * 112 * 112 * 64 * 3 * 49
+    assert "layer4 3×3 512 backward" in capsys.readouterr().out
+    assert ceilings.main(["--device", "cpu", "--batch", "0", "--out", str(tmp_path)]) == 2
+
+
+def test_sanitizer_cases_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = []
+    for name, case in sanitizer_cases.cases(torch.device("cpu")):
+        names.append(name.split()[0])
+        assert case() < sanitizer_cases.TOLERANCE, name
+    assert set(names) == {"gradcam_cosine", "gradcam_cosine_from_gradient", "info_nce"}
+    monkeypatch.setattr(sanitizer_cases, "cases", lambda device: iter([("astray", lambda: float("nan"))]))
+    assert sanitizer_cases.main(["--device", "cpu"]) == 1
+
+
+def _left_by_gpu_check(out: Path) -> None:
+    env = harness.environment(torch.device("cpu"))
+    for name, batch, peak in (("ladder-256", 256, 30e9), ("ladder-64", 64, 12e9)):
+        results = harness.Results(out / name, env)
+        shape = {"batch": batch}
+        for line, seconds in (("published", 0.4), ("moco", 0.1), ("kernels", 0.125)):
+            rate = harness.Measurement((seconds,))
+            results.add(
+                results.record("step", line, rate, dtype="bf16", shape=shape, unit="images/s", scale=lambda s: 256 / s)
+            )
+        held = harness.Measurement((peak,))
+        results.add(results.record("peak_memory", "kernels", held, dtype="bf16", shape=shape, unit="bytes"))
+        (out / name / "log.txt").write_text("")
+    (out / "ladder-256" / "status").write_text("ok\n300 s\n")
+    (out / "tests").mkdir()
+    (out / "tests" / "log.txt").write_text("1 failed\n")
+    (out / "tests" / "status").write_text("failed: exit code 1\n10 s\n")
+
+
+def test_report_of_a_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _left_by_gpu_check(tmp_path)
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "## ladder-256\n\nok, 300 s\n" in text
+    assert "| kernels | 2,048 | 2,048–2,048 | 3.2 | – | 1.25 | – | 27.94 | 1 |" in text
+    assert "## ladder-64\n\ncut off, not ended" in text
+    assert "1 failed" in text
+    assert report.main([str(tmp_path / "absent")]) == 2
+
+    assert report.main([str(tmp_path), "--largest-batch"]) == 1  # the size of the memory is not known yet
+    (tmp_path / "environment").mkdir()
+    details = {"details": {"gpu_memory_bytes": 80e9}}
+    (tmp_path / "environment" / "environment.json").write_text(json.dumps(details))
+    capsys.readouterr()
+    assert report.main([str(tmp_path), "--largest-batch"]) == 0
+    batch = int(capsys.readouterr().out)
+    per_image = 18e9 / 192
+    filled = 12e9 + (batch - 64) * per_image
+    assert filled <= report.HEADROOM * 80e9 < filled + report.BATCH_STEP * per_image
+
+
+def test_a_record_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_text('{"value": 1}\n{"value"')
+    assert report.read_records(tmp_path / "results.jsonl") == [{"value": 1}]
+    assert report.read_records(tmp_path / "absent.jsonl") == []
