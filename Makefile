@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 # The environment is rebuilt when one of these changes.
 INPUTS := pyproject.toml setup.py constraints.txt
+NATIVE_STAMP := $(VENV)/.native
+NATIVE_INPUTS := CMakeLists.txt $(wildcard kernels/csrc/*) kernels/cast_kernels/dali_plugin.py
 JOBS ?= 2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: setup bench test lint check native clean
 
-setup: $(STAMP)
+setup: $(STAMP) $(NATIVE_STAMP)
 
 $(STAMP): $(INPUTS)
 	@command -v $(PYTHON) >/dev/null 2>&1 || { echo "make: $(PYTHON) not found: install Python 3.10 to 3.13, or name one with make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -22,6 +24,11 @@ $(STAMP): $(INPUTS)
 	@echo "make: installing into $(VENV) (about 3 GB of downloads the first time)"
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[cuda13,dev]'
 	@touch $(STAMP)
+
+# Without a compiler this says why, and the loader takes the NumPy rule. CAST_FAST_CUDA=on|off|auto chooses the backends.
+$(NATIVE_STAMP): $(STAMP) $(NATIVE_INPUTS)
+	@$(BIN)/python kernels/cast_kernels/dali_plugin.py build --optional
+	@touch $(NATIVE_STAMP)
 
 bench: setup
 	$(BIN)/python benchmarks/throughput.py
