@@ -30,7 +30,7 @@ MAX_PIXELS = 100_000_000
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_DAMAGE = re.compile(r"(Corrupt JPEG data: .*|Premature end of JPEG.*)")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_SIGNATURES = {"JPEG": b"\xff\xd8\xff", "PNG": b"\x89PNG\r\n\x1a\n"}
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGB with alpha"}
 
 
@@ -62,6 +62,8 @@ def _open(data: bytes, formats: list[str]) -> Image.Image:
     try:
         picture = Image.open(io.BytesIO(data), formats=formats)
     except UnidentifiedImageError:
+        if any(data.startswith(_SIGNATURES[name]) for name in formats):
+            raise DecodeFault("undecodable", "its header is damaged") from None
         start = data[:12].decode("latin-1")
         raise DecodeFault("not-an-image", f"is no {' or '.join(formats)} file (it starts with {start!a})") from None
     except Exception as error:  # decoders raise anything from struct.error to SyntaxError on foreign bytes
@@ -80,7 +82,7 @@ def _load(picture: Image.Image) -> None:
 
 def _check_png_chunks(data: bytes) -> None:
     """Verifies length and checksum of the chunks that hold the picture; decoders do not always."""
-    at = len(_PNG_SIGNATURE)
+    at = len(_SIGNATURES["PNG"])
     while True:
         length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length

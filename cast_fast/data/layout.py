@@ -12,6 +12,7 @@ Decoding is cached in a manifest: a file whose size and time of change are as re
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import json
@@ -23,14 +24,13 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich.progress import track
-
 from cast_fast.data.decode_check import Reply
+from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
 
 HELP = "decode every image and map of a dataset and list the faults"
@@ -120,25 +120,27 @@ class _File(NamedTuple):
 
 def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[str, list[Path]]:
     """Paths below ``root`` with one of the suffixes, by stem; raises UserError where a folder cannot be listed."""
-
-    def refuse(error: OSError) -> None:
-        raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}")
-
     found: dict[str, list[Path]] = {}
-    visited: set[tuple[int, int]] = set()
     excluded = None if leave_out is None else _folder_id(leave_out)
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True):
-        identity = _folder_id(Path(folder))
-        if identity in visited or identity == excluded:  # a link to a parent, or the maps inside the images' folder
-            folders.clear()
-            continue
-        visited.add(identity)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        below = Path(folder).relative_to(root)
-        for name in sorted(files):
-            base, suffix = os.path.splitext(name)
-            if suffix.lower() in suffixes and not name.startswith("."):
-                found.setdefault((below / base).as_posix(), []).append(Path(folder) / name)
+
+    def descend(folder: Path, below: str, above: frozenset[tuple[int, int]]) -> None:
+        identity = _folder_id(folder)
+        if identity in above or identity == excluded:  # a link to a parent, or the maps inside the images' folder
+            return
+        for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                descend(folder / entry.name, f"{below}{entry.name}/", above | {identity})
+                continue
+            base, suffix = os.path.splitext(entry.name)
+            if suffix.lower() in suffixes:
+                found.setdefault(below + base, []).append(folder / entry.name)
+
+    try:
+        descend(root, "", frozenset())
+    except OSError as error:
+        raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}") from error
     return found
 
 
@@ -204,7 +206,7 @@ class _Decoder:
                     pipe.close()
 
 
-def _decode(jobs: list[tuple[str, _File]], workers: int) -> Iterator[tuple[int, Reply]]:
+def _decode(jobs: list[tuple[str, _File]], workers: int) -> Generator[tuple[int, Reply], None, None]:
     """Checks files in ``workers`` child processes, each driven by a thread; yields (job number, reply) as they come."""
     results: queue.SimpleQueue[tuple[int, Reply] | BaseException] = queue.SimpleQueue()
     pending = iter(range(len(jobs)))
@@ -283,14 +285,16 @@ def _write_manifest(path: Path, roots: list[str | None], known: _Known) -> None:
     """Writes the manifest whole or not at all; a failure costs only time, so it is logged."""
     record: dict[str, Any] = {"format": _FORMAT, "roots": roots}
     for kind, entries in known.items():
-        record[kind] = {name: [size, mtime_ns, *reply.values()] for name, (size, mtime_ns, reply) in entries.items()}
+        rows = sorted(entries.items())
+        record[kind] = {name: [size, mtime_ns, *reply.values()] for name, (size, mtime_ns, reply) in rows}
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_text(json.dumps(record, separators=(",", ":")))
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         _log.warning("manifest %s cannot be written, the next scan decodes again: %s", shown(path), error)
 
 
@@ -401,10 +405,10 @@ def scan(
         total = len(jobs) + sum(map(len, current.values()))
         _log.info("decoding %d files of %d", len(jobs), total)
         try:
-            replies = track(_decode(jobs, count), "Checking files", total=len(jobs), disable=not progress)
-            for number, reply in replies:
-                kind, file = jobs[number]
-                current[kind][_name(file, bases[kind])] = (file.size, file.mtime_ns, reply)
+            with contextlib.closing(_decode(jobs, count)) as replies:
+                for number, reply in show_progress(replies, "Checking files", len(jobs), progress):
+                    kind, file = jobs[number]
+                    current[kind][_name(file, bases[kind])] = (file.size, file.mtime_ns, reply)
         finally:  # an interrupted scan goes on where it stopped
             whole = sum(map(len, current.values())) == total
             _write_manifest(manifest, roots, current if whole else _merged(known, current))

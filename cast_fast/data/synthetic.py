@@ -31,8 +31,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
-from rich.progress import track
 
+from cast_fast.data.progress import show_progress
 from cast_fast.data.synthetic_backgrounds import BACKGROUNDS, draw_background
 from cast_fast.data.synthetic_objects import CLASSES, Pose, Sprite, draw_object
 from cast_fast.data.synthetic_paint import Field, blur
@@ -363,7 +363,7 @@ def write_dataset(
         pending = [i for i in range(count) if not all(path.is_file() for path in _scene_paths(out, i))]
         jobs = [(out, seed, index, correlation, size) for index in pending]
         steps = _run(jobs, workers or len(os.sched_getaffinity(0)))
-        for _ in track(steps, "Drawing scenes", total=len(jobs), disable=not progress):
+        for _ in show_progress(steps, "Drawing scenes", len(jobs), progress):
             pass
         _replace(out / "labels.csv", _labels(count, seed, correlation).encode())
         _replace(out / "preview.jpg", _encoded(_preview(out, count), "JPEG", quality=85))
