@@ -328,15 +328,23 @@ def test_query_saliency_is_the_area_average(tmp_path: Path, grid: tuple[int, int
 
 def test_resize_is_antialiased(dataset: Dataset, device: torch.device) -> None:
     """Against torch's antialiased resize of the cut-out; DALI sees beyond the window's edge, torch does not."""
-    loader = _loader(dataset, batch=8, size=32, device=device.type)
-    batch = next(loader)
-    for place, (_, windows) in enumerate(_windows(dataset, batch, _draws(8))):
+    batch = next(_loader(dataset, batch=8, size=32, device=device.type))
+    assert batch.key_mask is not None
+    for place, (saliency, windows) in enumerate(_windows(dataset, batch, _draws(8))):
         image = np.array(Image.open(dataset.samples[int(batch.index[place])].image))
-        for view, (y, x, h, w) in zip((batch.query, batch.key), (windows.query.tolist(), windows.key.tolist())):
-            part = torch.from_numpy(image[y : y + h, x : x + w]).permute(2, 0, 1)[None].float()
-            expected = torch.nn.functional.interpolate(part, (32, 32), mode="bilinear", antialias=True)[0]
-            error = (view[place].cpu().float() - expected).abs()[:, 2:-2, 2:-2]
-            assert error.max() <= 1.0
+        for view, window in zip((batch.query, batch.key), (windows.query, windows.key)):
+            error = (view[place].cpu().float() - _resized(image, window, 32)).abs()
+            assert error[:, 2:-2, 2:-2].max() <= 1.0
+        share = _resized((saliency > 127)[..., None].astype(np.uint8), windows.key, 32)[0]
+        wrong = batch.key_mask[place].cpu() != (share > 0.5)
+        assert not (wrong & ((share - 0.5).abs() > 0.02))[2:-2, 2:-2].any()
+
+
+def _resized(image: NDArray[np.uint8], window: NDArray[np.int32], size: int) -> torch.Tensor:
+    """(H, W, C) uint8 -> (C, size, size) float32 of the window."""
+    y, x, h, w = window.tolist()
+    part = torch.from_numpy(image[y : y + h, x : x + w]).permute(2, 0, 1)[None].float()
+    return torch.nn.functional.interpolate(part, (size, size), mode="bilinear", antialias=True)[0]
 
 
 def test_a_downscaled_chessboard_turns_grey(tmp_path: Path, device: torch.device) -> None:
@@ -554,6 +562,13 @@ def test_broken_files_are_replaced(copied: Dataset, caplog: pytest.LogCaptureFix
     late = _loader(copied, max_broken_share=0.25, start_step=3)
     for batch in batches[3:]:
         assert _same(next(late), batch)
+
+
+def test_a_dataset_of_broken_files_ends(copied: Dataset) -> None:
+    for sample in copied.samples:
+        _break(sample.image, "text")
+    with pytest.raises(UserError, match="no intact stand-in"):
+        next(_loader(copied, max_broken_share=1))
 
 
 def test_a_failure_without_a_culprit_stays_an_error(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:

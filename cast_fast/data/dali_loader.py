@@ -40,12 +40,12 @@ from torch import Tensor
 
 from cast_fast.data import sampling
 from cast_fast.data.batch import Batch
+from cast_fast.data.layout import Dataset, shown
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows, unconstrained_windows
 from cast_fast.errors import UserError
 
 if TYPE_CHECKING:
     from cast_fast.config import PretrainConfig
-    from cast_fast.data.layout import Dataset
 
 logger = logging.getLogger("cast_fast")
 
@@ -185,6 +185,8 @@ class _Source:
                 indices[slot] = sampling.replacement(self.order.length, self.order.seed, int(positions[slot]), attempt)
                 if indices[slot] not in self.broken:
                     break
+            else:
+                raise UserError(f"got no intact stand-in for a broken file in {_MAX_REPLACEMENTS} draws of the dataset")
         return indices
 
     def __call__(self, iteration: int) -> list[Any]:
@@ -452,6 +454,7 @@ class DaliLoader:
                     raise ValueError(f"{sample.image}: got no saliency map, expected one for constrained or attention")
         self._order = sampling.GlobalOrder(len(dataset.samples), seed, batch, rank, world)
         self._dataset = dataset
+        self._fingerprint = dataset.fingerprint()
         self._threads = threads or len(os.sched_getaffinity(0))
         self._device_id = torch.cuda.current_device() if device == "cuda" else None
         self._max_broken_share = max_broken_share
@@ -539,6 +542,7 @@ class DaliLoader:
         return {
             "step": self.step,
             "length": self._order.length,
+            "dataset": self._fingerprint,
             "global_batch": self._order.global_batch,
             "seed": self._order.seed,
         }
@@ -547,7 +551,7 @@ class DaliLoader:
         """Goes to the step of a ``state_dict``.
 
         Raises:
-            UserError: the dataset's length, the global batch or the seed differ, so that the step would mean another
+            UserError: the dataset, the global batch or the seed differ, so that the step would mean another
                 place in another order.
         """
         differing = [
@@ -561,18 +565,19 @@ class DaliLoader:
 
     def _find_broken(self, error: RuntimeError) -> None:
         """Names the files of the failed batch that DALI refuses; raises if there are none or too many."""
+        known = len(self.broken)
         indices = self._source.indices(self.step)
-        found = 0
         samples = [self._dataset.samples[index] for index in indices]
         for grey in (False, True) if self._recipe.needs_maps else (False,):
             paths = [sample.saliency if grey else sample.image for sample in samples]
             device = "mixed" if self._recipe.cuda and not grey else "cpu"
             for slot, reason in _undecodable(paths, grey=grey, device=device, device_id=self._device_id).items():
-                found += 1
+                path = paths[slot]
+                assert path is not None
                 if int(indices[slot]) not in self.broken:
-                    self.broken[int(indices[slot])] = f"{paths[slot]}: {reason}"
-                    logger.warning("left out a file that DALI cannot decode: %s: %s", paths[slot], reason)
-        if not found:
+                    self.broken[int(indices[slot])] = f"{shown(path)}: {reason}"
+                    logger.warning("left out a file that DALI cannot decode: %s: %s", shown(path), reason)
+        if len(self.broken) == known:
             raise error
         length = self._order.length
         if len(self.broken) > self._max_broken_share * length:
