@@ -114,13 +114,14 @@ def shown(path: Path | str) -> str:
 
 class _File(NamedTuple):
     path: Path
+    name: str  # below the root, with forward slashes
     size: int
     mtime_ns: int
 
 
-def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[str, list[Path]]:
-    """Paths below ``root`` with one of the suffixes, by stem; raises UserError where a folder cannot be listed."""
-    found: dict[str, list[Path]] = {}
+def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[str, list[str]]:
+    """Names below ``root`` with one of the suffixes, by stem; raises UserError where a folder cannot be listed."""
+    found: dict[str, list[str]] = {}
     excluded = None if leave_out is None else _folder_id(leave_out)
 
     def descend(folder: Path, below: str, above: frozenset[tuple[int, int]]) -> None:
@@ -135,7 +136,7 @@ def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[
                 continue
             base, suffix = os.path.splitext(entry.name)
             if suffix.lower() in suffixes:
-                found.setdefault(below + base, []).append(folder / entry.name)
+                found.setdefault(below + base, []).append(below + entry.name)
 
     try:
         descend(root, "", frozenset())
@@ -149,7 +150,8 @@ def _folder_id(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _stat(path: Path) -> _File | Fault:
+def _stat(root: Path, name: str) -> _File | Fault:
+    path = root / name
     try:
         status = path.stat()
     except OSError as error:
@@ -157,7 +159,7 @@ def _stat(path: Path) -> _File | Fault:
         return Fault(path, "unreadable", reason)
     if not stat.S_ISREG(status.st_mode):
         return Fault(path, "unreadable", "is not a regular file")
-    return _File(path, status.st_size, status.st_mtime_ns)
+    return _File(path, name, status.st_size, status.st_mtime_ns)
 
 
 class _Decoder:
@@ -359,26 +361,26 @@ def scan(
         raise UserError(f"--images and --saliency are the same folder, {shown(images)}")
     classes = None if labels is None else read_labels(labels)
 
-    image_paths = _walk(images, IMAGE_SUFFIXES, saliency)
-    if not image_paths:
+    image_names = _walk(images, IMAGE_SUFFIXES, saliency)
+    if not image_names:
         raise UserError(f"--images: {shown(images)} holds no .jpg, .jpeg or .png file")
-    map_paths = {} if saliency is None else _walk(saliency, MAP_SUFFIXES, images)
-    if saliency is not None and not map_paths.keys() & image_paths.keys():
-        wanted = shown(min(image_paths))
+    map_names = {} if saliency is None else _walk(saliency, MAP_SUFFIXES, images)
+    if saliency is not None and not map_names.keys() & image_names.keys():
+        wanted = shown(min(image_names))
         raise UserError(f"--saliency: {shown(saliency)} holds no map of any image, expected for example {wanted}.png")
-    orphans = map_paths.keys() - image_paths.keys()
+    orphans = map_names.keys() - image_names.keys()
     if orphans:
         _log.info("%d maps have no image, for example %s.png", len(orphans), shown(min(orphans)))
-    if classes is not None and not classes.keys() & image_paths.keys():
+    if classes is not None and not classes.keys() & image_names.keys():
         raise UserError(
             f"{shown(labels or '')} names no image: it has {shown(next(iter(classes), ''))!r}, "
-            f"the images have {shown(min(image_paths))!r}"
+            f"the images have {shown(min(image_names))!r}"
         )
 
     faults: list[Fault] = []
     pairs: list[tuple[str, _File, _File | None]] = []
-    for stem in sorted(image_paths):
-        pair = _pair(image_paths[stem], None if saliency is None else map_paths.get(stem, []))
+    for stem in sorted(image_names):
+        pair = _pair(images, image_names[stem], saliency, map_names.get(stem, []))
         if isinstance(pair, Fault):
             faults.append(pair)
         else:
@@ -387,17 +389,15 @@ def scan(
     roots = _roots(images, saliency)
     manifest = default_manifest(images, saliency) if manifest is None else manifest
     known = _read_manifest(manifest, roots)
-    bases = {"image": images, "map": saliency or images}
     current: _Known = {"image": {}, "map": {}}
     jobs: list[tuple[str, _File]] = []
     for _, image, map_file in pairs:
         for kind, file in (("image", image), ("map", map_file)):
             if file is None:
                 continue
-            name = _name(file, bases[kind])
-            entry = known[kind].get(name)
+            entry = known[kind].get(file.name)
             if entry is not None and entry[:2] == (file.size, file.mtime_ns):
-                current[kind][name] = entry
+                current[kind][file.name] = entry
             else:
                 jobs.append((kind, file))
     if jobs:
@@ -408,7 +408,7 @@ def scan(
             with contextlib.closing(_decode(jobs, count)) as replies:
                 for number, reply in show_progress(replies, "Checking files", len(jobs), progress):
                     kind, file = jobs[number]
-                    current[kind][_name(file, bases[kind])] = (file.size, file.mtime_ns, reply)
+                    current[kind][file.name] = (file.size, file.mtime_ns, reply)
         finally:  # an interrupted scan goes on where it stopped
             whole = sum(map(len, current.values())) == total
             _write_manifest(manifest, roots, current if whole else _merged(known, current))
@@ -417,8 +417,8 @@ def scan(
 
     samples: list[Sample] = []
     for stem, image, map_file in pairs:
-        reply = current["image"][_name(image, bases["image"])][2]
-        map_reply = None if map_file is None else current["map"][_name(map_file, bases["map"])][2]
+        reply = current["image"][image.name][2]
+        map_reply = None if map_file is None else current["map"][map_file.name][2]
         fault = _judge(image, reply, map_file, map_reply)
         if fault is not None:
             faults.append(fault)
@@ -442,23 +442,22 @@ def _merged(known: _Known, current: _Known) -> _Known:
     return {kind: {**known[kind], **current[kind]} for kind in known}
 
 
-def _name(file: _File, base: Path) -> str:
-    return file.path.relative_to(base).as_posix()
-
-
-def _pair(images: list[Path], maps: list[Path] | None) -> tuple[_File, _File | None] | Fault:
-    """One image and one map from the candidates of a stem (``maps`` None: images alone)."""
-    for paths in (images, maps or []):
-        if len(paths) > 1:
-            others = ", ".join(shown(path.name) for path in paths[1:])
-            return Fault(paths[0], "duplicate-stem", f"shares its name with {others}")
-    image = _stat(images[0])
-    if maps is None or isinstance(image, Fault):
-        return image if isinstance(image, Fault) else (image, None)
-    if not maps:
-        return Fault(images[0], "missing-map", "has no saliency map")
-    saliency = _stat(maps[0])
-    return saliency if isinstance(saliency, Fault) else (image, saliency)
+def _pair(
+    images: Path, image_names: list[str], saliency: Path | None, map_names: list[str]
+) -> tuple[_File, _File | None] | Fault:
+    """One image and one map from the candidates of a stem."""
+    for root, names in ((images, image_names), (saliency, map_names)):
+        if root is not None and len(names) > 1:
+            return Fault(root / names[0], "duplicate-stem", f"shares its name with {', '.join(map(shown, names[1:]))}")
+    image = _stat(images, image_names[0])
+    if isinstance(image, Fault):
+        return image
+    if saliency is None:
+        return image, None
+    if not map_names:
+        return Fault(image.path, "missing-map", "has no saliency map")
+    map_file = _stat(saliency, map_names[0])
+    return map_file if isinstance(map_file, Fault) else (image, map_file)
 
 
 def _judge(image: _File, reply: Reply, map_file: _File | None, map_reply: Reply | None) -> Fault | None:
