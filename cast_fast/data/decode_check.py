@@ -6,8 +6,8 @@ may share; and a decoder that crashes on a malicious file then takes no training
 
 What is caught: files that are no pictures, truncation, wrong checksums in PNG, and every damage to a JPEG that makes
 libjpeg lose its place ("Corrupt JPEG data"). What cannot be caught: damage after which a JPEG is still a valid stream.
-Of 113 photographs each damaged once in mid-file, the check found all of 113 with 512 random bytes, 108 with 512 zeros,
-89 with 64 random bytes and 19 with a single flipped bit.
+Of 113 photographs, each damaged once at a random place in its last two thirds, it found 112 with 512 random bytes, 109
+with 512 zeros, 86 with 64 random bytes, 22 with one flipped bit, and nothing wrong with the undamaged ones.
 """
 
 from __future__ import annotations
