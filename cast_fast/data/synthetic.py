@@ -409,23 +409,23 @@ def _labels(count: int, seed: int, correlation: float) -> str:
 
 def _preview(out: Path, count: int) -> NDArray[np.uint8]:
     """Contact sheet of the first scenes, each with the outline of its saliency map."""
-    tile_height, columns = 180, 4
+    frame_width, frame_height, columns = 240, 180, 4
     tiles: list[NDArray[np.uint8]] = []
     for index in range(min(count, 12)):
         image_path, saliency_path = _scene_paths(out, index)
         with Image.open(image_path) as image, Image.open(saliency_path) as saliency:
             picture, mask = np.array(image), np.array(saliency)
-        width = round(picture.shape[1] * tile_height / picture.shape[0])
-        picture = cv2.resize(picture, (width, tile_height), interpolation=cv2.INTER_AREA)
-        mask = cv2.resize(mask, (width, tile_height), interpolation=cv2.INTER_AREA)
+        height, width = mask.shape
+        scale = min(frame_width / width, frame_height / height)
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        picture = cv2.resize(picture, size, interpolation=cv2.INTER_AREA)
+        mask = cv2.resize(mask, size, interpolation=cv2.INTER_AREA)
         outlines, _ = cv2.findContours((mask > 127).astype(np.uint8), cv2.RETR_LIST, cv2.CHAIN_APPROX_NONE)
         cv2.drawContours(picture, outlines, -1, (255, 255, 255), 2, cv2.LINE_AA)
-        frame = 240
-        left = max(0, (width - frame) // 2)
-        picture = picture[:, left : left + frame]
-        short = frame - picture.shape[1]
-        edges = ((2, 2), (2 + short // 2, 2 + short - short // 2), (0, 0))
-        tiles.append(np.pad(picture.astype(np.uint8, copy=False), edges, constant_values=255))
+        tile = np.full((frame_height + 4, frame_width + 4, 3), 255, np.uint8)
+        top, left = (tile.shape[0] - size[1]) // 2, (tile.shape[1] - size[0]) // 2
+        tile[top : top + size[1], left : left + size[0]] = picture
+        tiles.append(tile)
     while len(tiles) % columns:
         tiles.append(np.full_like(tiles[0], 255))
     rows = [np.concatenate(tiles[start : start + columns], axis=1) for start in range(0, len(tiles), columns)]
