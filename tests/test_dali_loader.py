@@ -25,6 +25,7 @@ from cast_fast.data.dali_loader import Augmentation, DaliLoader
 from cast_fast.data.layout import Dataset, Sample
 from cast_fast.data.saliency_crop import CropRule, Windows, crop_windows, unconstrained_windows
 from cast_fast.errors import UserError
+from cast_kernels import dali_plugin
 
 SIZE = 64
 GRID = (2, 2)
@@ -167,6 +168,37 @@ def test_methods_get_what_they_need(dataset: Dataset, constrained: bool, attenti
     for value in (batch.query_saliency, batch.key_mask, batch.weight):
         assert (value is not None) == attention
     assert (batch.fallback is not None) == constrained
+
+
+def test_the_native_operator_changes_nothing(dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
+    if (reason := dali_plugin.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    caplog.set_level(logging.INFO, "cast_fast")
+    augmentation = Augmentation(blur_p=0.5)
+    for rule in (CropRule(), CropRule(0.7, "independent")):
+        native, plain = (
+            _loader(dataset, native=wanted, rule=rule, augmentation=augmentation) for wanted in (None, False)
+        )
+        assert (native.native, plain.native) == (True, False)
+        for _ in range(4):
+            assert _same(next(native), next(plain))
+    said = [record.getMessage() for record in caplog.records if "crop windows" in record.getMessage()]
+    assert said == ["crop windows by the native operator", "crop windows by NumPy, as asked"] * 2
+
+
+def test_a_missing_operator_is_said_once(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dali_plugin, "unavailable_reason", lambda: "it is not built")
+    loader = _loader(dataset, native=None)
+    loader.seek(3)
+    assert not loader.native
+    assert len(next(loader)) == 4
+    assert [record.getMessage() for record in caplog.records] == [
+        "crop windows by NumPy, which is slower: it is not built"
+    ]
+    with pytest.raises(UserError, match="it is not built"):
+        _loader(dataset, native=True)
 
 
 def test_moco_opens_no_map(tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ import torch
 from numpy.typing import NDArray
 from nvidia.dali import fn as dali_fn
 from nvidia.dali import pipeline_def, types
+from nvidia.dali.pipeline import do_not_convert
 from torch import Tensor
 
 from cast_fast.data import sampling
@@ -43,6 +44,7 @@ from cast_fast.data.batch import Batch
 from cast_fast.data.layout import Dataset, shown
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows, unconstrained_windows
 from cast_fast.errors import UserError
+from cast_kernels import dali_plugin
 
 if TYPE_CHECKING:
     from cast_fast.config import PretrainConfig
@@ -256,11 +258,17 @@ class _NumpyWindows:
         return relative, fallback
 
 
+@do_not_convert  # DALI would rewrite the functions called here, down to the standard library
 def _constrained_windows(saliency: Any, random: Any, recipe: _Recipe) -> tuple[Any, Any]:
     """Relative corners (2, 4) float32 and fallback flags (2,) uint8, both in CPU memory, as DALI nodes."""
-    corners, fallback = fn.python_function(
-        saliency, random, function=_NumpyWindows(recipe.rule), batch_processing=True, num_outputs=2
-    )
+    if recipe.native:
+        _, corners, fallback, _ = dali_plugin.saliency_crop(
+            saliency, random, phi=recipe.rule.phi, pair_constraint=recipe.rule.pair_constraint
+        )
+    else:
+        corners, fallback = fn.python_function(
+            saliency, random, function=_NumpyWindows(recipe.rule), batch_processing=True, num_outputs=2
+        )
     return corners, fallback
 
 
@@ -588,8 +596,15 @@ class DaliLoader:
 
 
 def _choose_native(wanted: bool | None) -> bool:
-    """Settles once which code chooses the windows, and logs it."""
+    """Settles once which code chooses the windows, and logs it with the reason."""
+    if wanted is False:
+        logger.info("crop windows by NumPy, as asked")
+        return False
+    reason = dali_plugin.unavailable_reason()
+    if reason is None:
+        logger.info("crop windows by the native operator")
+        return True
     if wanted:
-        raise ValueError("native=True: the native operator is not built")
-    logger.info("crop windows by NumPy (%s)", "as asked" if wanted is False else "the native operator is not built")
+        raise UserError(f"the native crop operator was asked for: {reason}")
+    logger.warning("crop windows by NumPy, which is slower: %s", reason)
     return False
