@@ -112,8 +112,13 @@ def pull_back(head: nn.Module, pooled: Tensor, vector: Tensor) -> Tensor:
     own: Callable[[Tensor, Tensor], Tensor] | None = getattr(head, "pullback", None)
     if own is not None:
         return own(pooled, vector)
-    scratch = {name: buffer.clone() for name, buffer in head.named_buffers()}
-    pull = torch.func.vjp(lambda inputs: torch.func.functional_call(head, scratch, (inputs,)), pooled)[1]
+
+    def again(inputs: Tensor) -> Tensor:
+        # On copies of the buffers, so that this evaluation updates no running statistics.
+        buffers = {name: buffer.clone() for name, buffer in head.named_buffers()}
+        return torch.func.functional_call(head, buffers, (inputs,))
+
+    pull = torch.func.vjp(again, pooled)[1]
     return pull(vector)[0]
 
 
@@ -174,9 +179,9 @@ def cosine_loss(cam: Tensor, saliency: Tensor) -> Tensor:
 
 
 def _unit_peak(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (N, L) divided by their maximum, zero where there is none; and whether there is one (N,)."""
+    """Rows (N, L) divided by their maximum, zero where that is zero; and whether it is not (N,)."""
     peak = rows.detach().amax(dim=1)
-    present = peak >= torch.finfo(rows.dtype).tiny
+    present = ~(peak < torch.finfo(rows.dtype).tiny)  # so that NaN counts as present, and shows in the loss
     return torch.where(present[:, None], rows / torch.where(present, peak, 1)[:, None], 0), present
 
 
