@@ -22,6 +22,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo-data": ("cast_fast.data.synthetic", "write a dataset of made scenes with saliency maps and labels"),
     "validate": ("cast_fast.data.layout", "decode every image and map of a dataset and list the faults"),
     "pretrain": ("cast_fast.train", "pretrain an encoder (also under torchrun)"),
+    "backgrounds": (
+        "cast_fast.evaluate.backgrounds",
+        "measure classifiers on changed backgrounds (Backgrounds Challenge)",
+    ),
+    "backgrounds-make": ("cast_fast.evaluate.backgrounds_make", "make such a set from labelled images with maps"),
     "export": ("cast_fast.export", "write the encoder for torchvision, timm, detectron2 or safetensors"),
 }
 """Name of the command → (module, one line for ``--help``)."""
