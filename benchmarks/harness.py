@@ -34,8 +34,8 @@ The pieces:
     ``value`` is the median. For a rate ``p20`` is the slower end.
 ``Results``
     Appends records to ``results.jsonl`` at once (flushed and synced), raw seconds to ``samples.jsonl``.
-``print_table`` / ``bar_chart``
-    The table on the terminal and a chart as PNG.
+``print_table`` / ``bar_chart`` / ``decimals``
+    The table on the terminal, a chart as PNG, and numbers as both show them.
 
 Lines are *factories*: each is called once and returns the function to time. What is built stays alive until
 ``interleave`` ends, so the factories of one call must fit the device side by side without their temporaries.
@@ -145,7 +145,8 @@ def environment(device: torch.device) -> Environment:
             "multiprocessors": properties.multi_processor_count,
         }
     else:
-        name = f"{cpu_name()}, {torch.get_num_threads()} threads"
+        threads = torch.get_num_threads()
+        name = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return Environment(name, versions, git_commit(), _utc_now(), details)
 
 
@@ -552,6 +553,11 @@ def result_path(env: Environment, folder: Path = ROOT / "benchmarks" / "results"
     return folder / device / f"{env.date[:10]}_{env.commit}.jsonl"
 
 
+def decimals(value: float) -> str:
+    """A rate or time to about three significant digits, without an exponent."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], notes: Sequence[str] = ()) -> None:
     """Print a table on the terminal; the first column is text, the others are aligned as numbers."""
     from rich.console import Console
@@ -597,8 +603,12 @@ def bar_chart(
     xlabel: str,
     subtitle: str = "",
     groups: Sequence[str] = (),
+    limit: float | None = None,
 ) -> None:
-    """Draw horizontal bars, first on top, with whiskers from ``low`` to ``high``, and save them as a PNG."""
+    """Draw horizontal bars, first on top, with whiskers from ``low`` to ``high``, and save them as a PNG.
+
+    A bar longer than ``limit`` is cut there and ends in an arrow, so that one long bar does not flatten the others.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -606,27 +616,29 @@ def bar_chart(
     from matplotlib.patches import Patch
 
     figure, axes = plt.subplots(figsize=(10, 1.6 + 0.46 * len(bars)), layout="constrained")
-    longest = max((bar.high or bar.value or 0.0 for bar in bars), default=0.0) or 1.0
+    longest = max((min(bar.high or bar.value or 0.0, limit or math.inf) for bar in bars), default=0.0) or 1.0
     for row, bar in enumerate(bars):
         end = 0.0
         if bar.value is not None:
             colour = _COLOURS[bar.group % len(_COLOURS)]
-            axes.barh(row, bar.value, height=0.66, color=colour)
-            end = bar.value
-            if bar.low is not None and bar.high is not None:
+            end = min(bar.value, longest)
+            axes.barh(row, end, height=0.66, color=colour)
+            if bar.value > longest:
+                axes.plot(end, row, marker=9, markersize=14, color=colour, markeredgewidth=0, clip_on=False)
+                end *= 1.02
+            elif bar.low is not None and bar.high is not None:
                 spread = [[max(bar.value - bar.low, 0.0)], [max(bar.high - bar.value, 0.0)]]
                 axes.errorbar(bar.value, row, xerr=spread, color="black", linewidth=1, capsize=3)
                 end = max(end, bar.high)
         axes.text(end + 0.012 * longest, row, bar.note, va="center", fontsize=9)
     axes.set_yticks(range(len(bars)), [bar.label for bar in bars])
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     # Notes stand to the right of the bars and need about 40 % of the width.
     axes.set_xlim(0, longest * 1.7)
     axes.set_xlabel(xlabel)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title, x=0.01, ha="left", fontweight="bold")
-    if subtitle:
-        axes.set_title(subtitle, loc="left", fontsize=9, color="#444444")
+    axes.set_title(f"{title}\n", loc="left", fontweight="bold")
+    axes.text(0, 1.02, subtitle, transform=axes.transAxes, fontsize=9, color="#444444", va="bottom")
     shown = {bar.group for bar in bars if bar.value is not None}
     handles = [Patch(color=_COLOURS[i % len(_COLOURS)], label=text) for i, text in enumerate(groups) if i in shown]
     if handles:

@@ -48,7 +48,9 @@ LINES = (*ladder.LADDER, *ladder.BESIDE, *LOADING)
 THEORY = 5 / 4
 """Trunk units of a CAST step over those of a MoCo step."""
 TURN = 4
-"""Batches in one timed turn of a loader line: more than the two that DALI prefetches, which would hide its rate."""
+"""Batches in one timed turn of a loader line."""
+DRAIN = 3
+"""Batches taken untimed before each turn: those that DALI has prefetched while another line ran would hide its rate."""
 CPU_SECONDS = 400.0
 """On a CPU no further round starts after this many seconds, so that a run without flags ends within eight minutes."""
 
@@ -66,7 +68,6 @@ class Plan:
     """``time.monotonic()`` after which no further round starts."""
     threads: int
     scenes: int
-    chart: bool = True
 
 
 @dataclass
@@ -180,6 +181,10 @@ def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, la
     cuda = plan.settings.device.type == "cuda"
     loader = build_loader(plan, dataset)
 
+    def drain() -> None:
+        for _ in range(DRAIN):
+            next(loader)
+
     def take() -> Callable[[], object]:
         def run() -> None:
             for _ in range(TURN):
@@ -192,6 +197,7 @@ def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, la
         line = built.get(name) or ladder.build(name, plan.settings)
         step: Callable[[Batch], object] | None = line.step
         assert step is not None
+        step(next(loader))  # compiles here where the ladder has not
 
         def run() -> None:
             for _ in range(TURN):
@@ -200,13 +206,13 @@ def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, la
         return run
 
     try:
-        lines = {"loader": take, "end-to-end": train}
+        lines = {name: line for name, line in {"loader": take, "end-to-end": train}.items() if name in plan.lines}
         harness.interleave(
-            {name: line for name, line in lines.items() if name in plan.lines},
+            lines,
             device=plan.settings.device,
-            repeats=plan.repeats,
-            warmup=1,
-            settle=1,
+            repeats=plan.repeats if cuda else min(plan.repeats, 3),
+            warmup=0,
+            prepare=dict.fromkeys(lines, drain),
             release=cuda,
             deadline=plan.deadline,
             on_sample=report.results.sample,
@@ -308,9 +314,10 @@ def show(report: Report) -> None:
             overhead = report.ratio("moco", name) if trains else None
             fraction = report.ratio(name, "trunk-bound") if trains else None
             milliseconds = 1000 * settings.batch / rate
-            cells = [f"{rate:,.1f}", f"{low:,.1f}–{high:,.1f}", f"{milliseconds:,.1f}"]
+            cells = [harness.decimals(rate), f"{harness.decimals(low)}–{harness.decimals(high)}"]
+            cells.append(harness.decimals(milliseconds))
             cells += ["–" if value is None else f"{value:.2f}" for value in (speedup, overhead, fraction)]
-            notes = [f"{rate:,.1f}"]
+            notes = [harness.decimals(rate)]
             notes += [f"{speedup:.2f}× published"] if speedup is not None and name != "published" else []
             notes += [f"{fraction:.0%} of bound"] if fraction is not None and name != "trunk-bound" else []
             if cuda:
@@ -348,15 +355,16 @@ def show(report: Report) -> None:
         "end_to_end_limited_by": report.limit,
     }
     (plan.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    if plan.chart:
-        harness.bar_chart(
-            plan.out / "throughput.png",
-            bars,
-            title=title,
-            subtitle=notes[0],
-            xlabel="image pairs a second (median; whiskers p20–p80)",
-            groups=("CAST step", "compared with", "with loader"),
-        )
+    steps = [rate for name in LINES if name != "loader" and (rate := report.rate(name)) is not None]
+    harness.bar_chart(
+        plan.out / "throughput.png",
+        bars,
+        title=title,
+        subtitle=notes[0],
+        xlabel="image pairs a second (median; whiskers p20–p80)",
+        groups=("CAST step", "compared with", "with loader"),
+        limit=1.1 * max(steps) if steps else None,
+    )
 
 
 def parse(argv: list[str] | None) -> Plan:
