@@ -84,7 +84,7 @@ def rebuild_command() -> str:
 
 def status() -> Status:
     """Find the library that fits the installed DALI, without loading anything."""
-    version = _dali_version()
+    version = dali_version()
     if version is None:
         return Status(None, False, "NVIDIA DALI is not installed")
     folder = NATIVE / f"dali-{version}"
@@ -119,7 +119,7 @@ def load() -> Status:
         PluginError: if no library fits the installed DALI, or it cannot be loaded. Names the command that rebuilds it.
     """
     found = status()
-    if found.library is None and found.reason is not None and _dali_version() is None:
+    if found.library is None and found.reason is not None and dali_version() is None:
         raise PluginError(found.reason)
     from nvidia.dali import backend, plugin_manager
 
@@ -202,7 +202,7 @@ def find_toolchain() -> Toolchain:
         raise PluginError(f"the native operator needs Linux, not {platform.system()}")
     if not _has_sources():
         raise PluginError(f"the operator's sources are not in {PROJECT}: build it from a checkout")
-    version, folder = _dali_version(), _dali_folder()
+    version, folder = dali_version(), _dali_folder()
     if version is None or folder is None:
         raise PluginError("NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)")
     include = folder / "include"
@@ -217,7 +217,7 @@ def find_toolchain() -> Toolchain:
     cmake = _which("cmake")
     if cmake is None:
         raise PluginError("cmake not found (pip install cmake)")
-    nvcc = _find_nvcc()
+    nvcc = find_nvcc()
     return Toolchain(version, include, folder, _find_cuda_headers(nvcc), cmake, compiler, nvcc)
 
 
@@ -323,7 +323,8 @@ def _site_folders() -> list[str]:
     return list(dict.fromkeys(path for path in paths if path and os.path.isdir(path)))
 
 
-def _dali_version() -> str | None:
+def dali_version() -> str | None:
+    """Version of the installed NVIDIA DALI, from its metadata; None without it."""
     for distribution in importlib.metadata.distributions(path=_site_folders()):
         name = (distribution.metadata["Name"] or "").lower().replace("_", "-")
         if name.startswith("nvidia-dali-cuda"):
@@ -349,7 +350,8 @@ def _which(*names: str) -> Path | None:
     return None
 
 
-def _find_nvcc() -> Path | None:
+def find_nvcc() -> Path | None:
+    """The CUDA compiler: of CUDACXX, CUDA_HOME, PATH, /usr/local/cuda, or pip's nvidia-cuda-nvcc; None without one."""
     homes = [os.environ.get(name, "") for name in ("CUDA_HOME", "CUDA_PATH")]
     candidates = [os.environ.get("CUDACXX", ""), *(os.path.join(home, "bin", "nvcc") for home in homes if home), "nvcc"]
     found = _which(*candidates)
