@@ -129,6 +129,7 @@ phase_memory() {
 }
 phase_loader() {
   has nvidia.dali || { echo "DALI is not installed: no loader, no end-to-end line"; return 77; }
+  "$python" kernels/cast_kernels/dali_plugin.py build --optional
   "$python" benchmarks/loader.py --device cuda --out "$1/loader" || return
   ladder "$1" "$2" 256 --variants kernels,loader,end-to-end --repeats 3
 }
