@@ -1,5 +1,7 @@
 """What a dataset on disk is: folder pairs of images and saliency maps, validated by decoding every file once.
 
+This is layout (a); ``shards`` reads layout (b), the same dataset packed by ``prepare``, into the same :class:`Dataset`.
+
 ``IMAGES/**/NAME.{jpg,jpeg,png}`` (any case) is paired with ``SALIENCY/**/NAME.png`` by its path below the root without
 suffix, the *stem*. Hidden files and folders are ignored, links are followed. An image is any JPEG or PNG, told by its
 content, not by its suffix (grey, palette, CMYK and transparent ones become RGB in the loader). A map is an 8-bit grey
@@ -14,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import csv
+import errno
 import hashlib
 import json
 import logging
@@ -47,27 +50,60 @@ _SHOWN = 3
 _log = logging.getLogger("cast_fast")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A file inside a shard: ``size`` bytes of a tar file from ``offset`` on."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.name}"
+
+    def read(self) -> bytes:
+        """Its content.
+
+        Raises:
+            OSError: the shard cannot be read, or ends before the member does.
+        """
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) != self.size:
+            raise OSError(errno.EIO, "the shard is shorter than its index says", str(self))
+        return content
+
+
+def read_bytes(source: Path | Member) -> bytes:
+    """Content of a file of either layout; raises OSError."""
+    return source.read() if isinstance(source, Member) else source.read_bytes()
+
+
+@dataclass(frozen=True, slots=True)
 class Sample:
     """One image with its map: intact files of matching sizes."""
 
     stem: str
     """Path below the root without suffix, with forward slashes; unique in a dataset."""
-    image: Path
-    saliency: Path | None
+    image: Path | Member
+    saliency: Path | Member | None
     width: int
     """Stored width of the image in pixels; the map may be smaller."""
     height: int
     empty: bool
     """No pixel of the map is salient."""
     label: str | None
+    map_shape: tuple[int, int] | None = None
+    """(height, width) of a packed map; None in folders, where nobody needs it before the map is decoded."""
 
 
 @dataclass(frozen=True)
 class Fault:
     """Why a file cannot be used."""
 
-    path: Path
+    path: Path | Member
     kind: str
     """One of: missing-map, duplicate-stem, size-mismatch, map-format, empty-map, empty-file, not-an-image,
     undecodable, damaged, too-large, unreadable, decoder-crash."""
@@ -88,13 +124,15 @@ class Dataset:
     saliency: Path | None
     decoded: int = field(default=0, compare=False)
     """Files decoded by the scan; the others were known from the manifest."""
+    packing: str = ""
+    """How packed maps were stored, which moves crops a little; empty in folders."""
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def fingerprint(self) -> str:
-        """SHA-256 over stems and sizes, in order; the same wherever the files lie."""
-        digest = hashlib.sha256()
+        """SHA-256 over stems, sizes and the packing of maps, in order; the same wherever the files lie."""
+        digest = hashlib.sha256(self.packing.encode())
         for sample in self.samples:
             row = json.dumps((sample.stem, sample.width, sample.height), separators=(",", ":"))
             digest.update(row.encode() + b"\n")
@@ -106,7 +144,7 @@ class Dataset:
         return tuple(Fault(s.saliency or s.image, EMPTY_MAP, message) for s in self.samples if s.empty)
 
 
-def shown(path: Path | str) -> str:
+def shown(path: Path | Member | str) -> str:
     """A path as text for one line: as it is when printable, else with escapes."""
     text = str(path)
     return text if text.isprintable() else ascii(text)

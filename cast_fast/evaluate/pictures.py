@@ -83,7 +83,7 @@ class FolderPictures:
 
     def image(self, index: int) -> Image.Image:
         """The picture in RGB."""
-        with Image.open(self.dataset.samples[index].image) as opened:
+        with Image.open(io.BytesIO(layout.read_bytes(self.dataset.samples[index].image))) as opened:
             return opened.convert("RGB")
 
     def saliency(self, index: int) -> NDArray[np.uint8] | None:
@@ -91,7 +91,7 @@ class FolderPictures:
         path = self.dataset.samples[index].saliency
         if path is None:
             return None
-        with Image.open(path) as opened:
+        with Image.open(io.BytesIO(layout.read_bytes(path))) as opened:
             return np.asarray(opened.convert("L"))
 
     def fingerprint(self) -> str:
