@@ -43,6 +43,7 @@ Lines are *factories*: each is called once and returns the function to time. Wha
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import gc
@@ -450,7 +451,9 @@ def interleave(
         # The frames of the traceback hold the failed line's tensors; without this an out-of-memory error starves
         # the lines that follow.
         traceback.clear_frames(error.__traceback__)
-        clear_memory(device)
+        # After an illegal access every CUDA call raises: then the lines that follow fail too, each with its own reason.
+        with contextlib.suppress(RuntimeError):
+            clear_memory(device)
         finish(name, failure)
 
     try:
