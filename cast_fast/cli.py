@@ -22,6 +22,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "demo-data": ("cast_fast.data.synthetic", "write a dataset of made scenes with saliency maps and labels"),
     "validate": ("cast_fast.data.layout", "decode every image and map of a dataset and list the faults"),
     "pretrain": ("cast_fast.train", "pretrain an encoder (also under torchrun)"),
+    "probe": ("cast_fast.evaluate.probe", "classify with frozen features (kNN, linear) or by finetuning"),
     "backgrounds": (
         "cast_fast.evaluate.backgrounds",
         "measure classifiers on changed backgrounds (Backgrounds Challenge)",

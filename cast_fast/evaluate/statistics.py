@@ -57,7 +57,8 @@ def bootstrap_mean(values: ArrayLike, *, resamples: int = RESAMPLES, level: floa
         return Interval(math.nan, math.nan, math.nan, 0)
     means = _resampled_means(array, resamples, np.random.default_rng(seed))
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(array.mean()), float(low), float(high), int(array.size))
+    mean = float(array[0]) if array.min() == array.max() else float(array.mean())
+    return Interval(mean, float(low), float(high), int(array.size))
 
 
 def bootstrap_difference(
