@@ -73,8 +73,8 @@ class MoCo(nn.Module):
         # interpolation, in the one multi-tensor kernel that takes its skip flag from the device. A product with a
         # gate of zero would turn an infinite difference into NaN, and selecting per tensor would cost 160 launches.
         torch._fused_sgd_(
-            keys,
-            queries,
+            [_in_memory_order(key) for key in keys],
+            [_in_memory_order(query) for query in queries],
             [],
             weight_decay=-1.0,
             momentum=0.0,
@@ -86,3 +86,9 @@ class MoCo(nn.Module):
             grad_scale=None,
             found_inf=(~gate).float(),
         )
+
+
+def _in_memory_order(tensor: Tensor) -> Tensor:
+    """A contiguous view of a channels-last tensor: torch's CPU kernel copies a 'gradient' that is not contiguous."""
+    channels_last = tensor.ndim == 4 and tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.permute(0, 2, 3, 1) if channels_last else tensor

@@ -111,13 +111,13 @@ class TrainStep:
         objective: losses and their weights.
         momentum: m of the key encoder.
         precision: ``"auto"``, ``"fp32"`` or ``"bf16"``; see ``resolve_precision``. Head, map and losses are always in
-            float32. A float64 model stays in float64.
+            float32. A float64 model stays in float64. Whether float32 may use TF32 is left to torch's global settings.
         compile: compile forward pass and losses as one graph (the first step then takes a minute or more on a CPU).
         kernels: use the fused losses of ``cast_kernels``.
         clip_grad: largest norm of the gradient, 0 for no clipping.
 
     Raises:
-        ValueError: an optimizer that is not fused, or a setting out of range.
+        ValueError: an optimizer that is not fused, encoders in different memory formats, or a setting out of range.
     """
 
     def __init__(
@@ -137,6 +137,8 @@ class TrainStep:
         if not clip_grad >= 0:
             raise ValueError(f"clip_grad: got {clip_grad}, expected at least 0")
         make_gateable(optimizer)
+        if not all(map(_same_layout, model.key.parameters(), model.query.parameters())):
+            raise ValueError("model: got key and query encoder in different memory formats, expected the same")
         weights = next(model.query.parameters())
         self.model = model.train()
         self.optimizer = optimizer

@@ -411,6 +411,10 @@ def test_callers_mistakes() -> None:
     with pytest.raises(ValueError, match=r"got 6 samples, expected at most 5 \(queue\)"):
         tiny_step(queue_size=5)(batch_of(0), LR)
     model = tiny_step().model
+    model.key.to(memory_format=torch.contiguous_format)
+    with pytest.raises(ValueError, match="different memory formats"):
+        TrainStep(model, build_optimizer(model.query.parameters(), LR), objective=Objective())
+    model = tiny_step().model
     with pytest.raises(ValueError, match="without fused=True"):
         TrainStep(model, torch.optim.SGD(model.query.parameters(), LR), objective=Objective())
 
