@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,8 @@ gradcam_cosine = importlib.import_module("cast_kernels.gradcam_cosine")
 info_nce = importlib.import_module("cast_kernels.info_nce")
 
 RESULTS = Path(__file__).resolve().parent / "results" / "offline"
-CAPABILITIES = (80, 90, 100)
+MULTIPROCESSORS = {80: 108, 90: 132, 100: 148}
+"""Compute capability -> multiprocessors of the A100, the H200 and the B200."""
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 _POINTERS = {
     torch.bfloat16: "*bf16",
@@ -85,20 +86,22 @@ def _gradcam(
     return Case(name, launch, tile // (launch.num_warps * 32 * 16), 16 if dtype.itemsize == 2 else 0)
 
 
-def _info_nce(name: str, dtype: torch.dtype, temperature: float, *, dimension: int = 128) -> list[Case]:
+def _info_nce(
+    name: str, dtype: torch.dtype, temperature: float, capability: int, *, dimension: int = 128
+) -> list[Case]:
     query, key = (_meta(256, dimension, dtype=torch.float32) for _ in range(2))
     queue = _meta(65536, dimension, dtype=dtype)
-    splits = info_nce.split_count(query, queue)
-    partials, outputs = info_nce.allocate(query, splits)
-    first, second = info_nce.plan(query, key, queue, temperature, partials, outputs, True)
+    tiles = info_nce.choose_tiles(256, 65536, dimension, dtype, capability, MULTIPROCESSORS[capability])
+    partials, outputs = info_nce.allocate(query, tiles.splits)
+    first, second = info_nce.plan(query, key, queue, temperature, tiles, partials, outputs, True)
     tile = first.constants["BLOCK_K"] * first.constants["BLOCK_D"] * dtype.itemsize
     cases = [Case(name, first, tile // (first.num_warps * 32 * 16), 16 if dtype.itemsize == 2 else 0)]
-    if dtype == torch.bfloat16 and dimension == 128:
+    if name == "info_nce bf16 T=0.07":
         cases.append(Case("info_nce combine", second, 0, 0))
     return cases
 
 
-def cases() -> Iterator[Case]:
+def cases(capability: int) -> Iterator[Case]:
     """The launches of the sizes that the project trains with, and the corners that differ in code."""
     yield _gradcam("gradcam_cosine bf16", torch.bfloat16)
     yield _gradcam("gradcam_cosine fp16", torch.float16)
@@ -109,13 +112,15 @@ def cases() -> Iterator[Case]:
     yield _gradcam("gradcam_cosine bf16 16384x7x7", torch.bfloat16, channels=16384)
     yield _gradcam("gradcam_cosine_from_gradient bf16", torch.bfloat16, from_gradient=True)
     yield _gradcam("gradcam_cosine_from_gradient fp32", torch.float32, from_gradient=True)
-    yield from _info_nce("info_nce bf16 T=0.07", torch.bfloat16, 0.07)
-    yield from _info_nce("info_nce bf16 T=0.01", torch.bfloat16, 0.01)
-    yield from _info_nce("info_nce fp16", torch.float16, 0.07)
-    yield from _info_nce("info_nce fp32 T=0.07", torch.float32, 0.07)
-    yield from _info_nce("info_nce fp32 T=0.01", torch.float32, 0.01)
-    yield from _info_nce("info_nce bf16 D=256", torch.bfloat16, 0.07, dimension=256)
-    yield from _info_nce("info_nce bf16 D=512", torch.bfloat16, 0.07, dimension=512)
+    yield from _info_nce("info_nce bf16 T=0.07", torch.bfloat16, 0.07, capability)
+    yield from _info_nce("info_nce bf16 T=0.01", torch.bfloat16, 0.01, capability)
+    yield from _info_nce("info_nce fp16", torch.float16, 0.07, capability)
+    yield from _info_nce("info_nce fp32 T=0.07", torch.float32, 0.07, capability)
+    yield from _info_nce("info_nce fp32 T=0.01", torch.float32, 0.01, capability)
+    yield from _info_nce("info_nce fp32 D=256", torch.float32, 0.07, capability, dimension=256)
+    yield from _info_nce("info_nce fp32 D=512", torch.float32, 0.07, capability, dimension=512)
+    yield from _info_nce("info_nce bf16 D=256", torch.bfloat16, 0.07, capability, dimension=256)
+    yield from _info_nce("info_nce bf16 D=512", torch.bfloat16, 0.07, capability, dimension=512)
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -207,19 +212,17 @@ def faults(case: Case, row: dict[str, Any]) -> list[str]:
     return found
 
 
-def measure(capabilities: tuple[int, ...] = CAPABILITIES) -> tuple[dict[str, Any], list[str]]:
-    """The table (case -> capability -> resources) and every fault found in it."""
+def measure(capabilities: Iterable[int] = tuple(MULTIPROCESSORS)) -> tuple[dict[str, Any], list[str]]:
+    """The table (case -> architecture -> launch and resources) and every fault found in it."""
     table: dict[str, Any] = {}
     found: list[str] = []
-    for case in cases():
-        constants = {name: value for name, value in case.launch.constants.items() if not isinstance(value, bool)}
-        rows: dict[str, Any] = {
-            "launch": {**constants, "num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
-        }
-        for capability in capabilities:
-            row = rows[f"sm_{capability}"] = compile_case(case, capability)
+    for capability in capabilities:
+        for case in cases(capability):
+            launch = case.launch
+            row = compile_case(case, capability)
+            sizes = {**launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            table.setdefault(case.name, {})[f"sm_{capability}"] = {"launch": sizes, **row}
             found += [f"{case.name}, sm_{capability}: {fault}" for fault in faults(case, row)]
-        table[case.name] = rows
     return table, found
 
 
@@ -249,13 +252,11 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
     table, found = measure()
     for name, rows in table.items():
-        for column in rows:
-            if column.startswith("sm_"):
-                row = rows[column]
-                print(
-                    f"{name:36} {column:7} registers {row['registers']:3}  local {row['local']:3}  "
-                    f"shared {row['shared']:6}  async {row['async_copies']:3}  loads {row['loads']}  {row['matrix']}"
-                )
+        for column, row in rows.items():
+            print(
+                f"{name:36} {column:7} registers {row['registers']:3}  local {row['local']:3}  "
+                f"shared {row['shared']:6}  async {row['async_copies']:3}  loads {row['loads']}  {row['matrix']}"
+            )
     if args.write:
         RESULTS.mkdir(parents=True, exist_ok=True)
         document = {"triton": triton.__version__, "cases": table}

@@ -53,6 +53,8 @@ MAX_POSITIONS = 1024
 """Largest H·W: the epilogue holds a sample's whole map in one block."""
 MAX_ROW_CHANNELS = 8192
 """Largest C for which one row, alpha, u and v stay in the registers of 16 warps without spilling (offline table)."""
+WIDE_BLOCK = 2048
+"""Channels at a time beyond that."""
 TILE_ELEMENTS = 8192
 """Elements of A in flight for each stage of a program: 16 KB in bfloat16, with two to three programs on a
 multiprocessor enough to cover the latency of device memory at full bandwidth."""
@@ -323,7 +325,7 @@ def plan(
     loss, cam, slope, alpha_gradient = outputs
     with_gradient = slope.numel() > 0 or samples == 0
     by_row = channels <= MAX_ROW_CHANNELS
-    block_c = max(16, triton.next_power_of_2(channels)) if by_row else 2048
+    block_c = max(16, triton.next_power_of_2(channels)) if by_row else WIDE_BLOCK
     block_p = max(16, triton.next_power_of_2(positions))
     rows = min(max(TILE_ELEMENTS // block_c, 1), block_p)
     source_strides = source.stride() if alpha_out is not None else (*source.stride(), 0, 0)

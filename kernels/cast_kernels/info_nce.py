@@ -22,10 +22,10 @@ and writes its (S, U, beaten, m); a second, small kernel adds these in a fixed o
 runs give the same bits. Memory beyond the results is that of the partials, at most about
 (multiprocessors · 128) · (D + 3) floats whatever N and K are.
 
-q and k are rounded to the queue's type, as a key is when it is enqueued; products are accumulated in float32.
-bfloat16 and float16 queues use the tensor cores directly; a float32 queue uses them by three TF32 products an element
-("tf32x3", about float32's own accuracy), never by plain TF32. The weights exp(l - m) are rounded to the queue's type
-for U only.
+q and k are rounded to the queue's type, as a key is when it is enqueued; products are accumulated in float32. bfloat16
+and float16 queues use the tensor cores directly. A float32 queue with D <= 128 uses them by three bfloat16 products of
+the high and low halves of each element, so that a product errs by about 2^-16 of |q| |Q_j| (TF32: 2^-11); beyond that
+it uses float32 multiply-adds, exact and slow. The weights exp(l - m) are rounded like the queue, for U only.
 
 Bytes, N = 256, K = 65,536, D = 128: the queue once for each block of 128 queries, 16.8 MB in bfloat16 (the second
 block finds it in L2), partials 8.6 MB written and read: 34 MB, against 1,209 MB for logits in float32 with
@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -48,7 +48,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cast_kernels import reference
-from cast_kernels.launch import Launch, check_kernel_dtype, check_same_device, check_shape, multiprocessors
+from cast_kernels.launch import Launch, check_kernel_dtype, check_same_device, check_shape, device_properties
 from cast_kernels.reference import Partials, has_fixed_maximum
 
 MAX_DIMENSION = 512
@@ -211,85 +211,47 @@ def _combine_kernel(
         tl.store(query_gradient + row[:, None] * dimension + d[None, :], sum_keys, mask=in_block)
 
 
-def block_sizes(samples: int, dimension: int, dtype: torch.dtype) -> tuple[int, int, int, int, int]:
-    """BLOCK_N, BLOCK_K, BLOCK_D, warps and stages of the partials kernel.
+class Tiles(NamedTuple):
+    """Sizes of one program of the partials kernel and the number of ranges that the queue is cut into."""
 
-    Larger blocks of queries read the queue less often; the limit is the registers that hold the block's weighted sum
-    (128 x 128 in bfloat16 leaves no spill on sm_80, sm_90 and sm_100: offline table).
+    block_n: int
+    block_k: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    precision: str
+    splits: int
+    keys_per_split: int
+
+
+def choose_tiles(
+    samples: int, keys: int, dimension: int, dtype: torch.dtype, capability: int, multiprocessors: int
+) -> Tiles:
+    """Tiles for a GPU of a compute capability (80, 90, ...) with so many multiprocessors.
+
+    Larger blocks of queries read the queue less often; the limit is the registers that hold a block's queries and
+    weighted sum. Each choice is the largest that spills nothing on its architectures (offline table). Those with
+    warp-group products (sm_90) or tensor memory (sm_100) afford twice the keys a tile.
     """
     block_d = max(16, triton.next_power_of_2(dimension))
+    roomy = capability // 10 in (9, 10)
     if dtype == torch.float32:
-        most, block_k, stages = (64, 32, 2) if block_d <= 128 else (32, 16, 2)
+        # Split products need too many registers beyond D = 128: plain multiply-adds there.
+        if block_d <= 128:
+            most, block_k, stages, precision = (64 if roomy else 32), 32, 2, "bf16x3"
+        else:
+            most, block_k, stages, precision = (32 if block_d <= 256 else 16), (32 if block_d <= 256 else 16), 2, "ieee"
+    elif block_d <= 128:
+        most, block_k, stages, precision = 128, (64 if roomy else 32), 3, "ieee"
     else:
-        most, block_k, stages = (128, 64, 3) if block_d <= 128 else (64, 32, 2)
+        most, block_k, stages, precision = (64 if block_d <= 256 else 32), 32, 2, "ieee"
     block_n = min(max(16, triton.next_power_of_2(samples)), most)
-    return block_n, block_k, block_d, 8 if block_n * block_d >= 64 * 128 else 4, stages
-
-
-def plan(
-    query: Tensor,
-    key: Tensor,
-    queue: Tensor,
-    temperature: float,
-    partials: Buffers,
-    outputs: Buffers,
-    finish: bool,
-) -> tuple[Launch, Launch]:
-    """The two launches for these tensors."""
-    samples, dimension = query.shape
-    keys = len(queue)
-    splits = len(partials[0])
-    block_n, block_k, block_d, warps, stages = block_sizes(samples, dimension, queue.dtype)
-    scale = LOG2_E / temperature
-    strides = (*query.stride(), *key.stride())
-    first = Launch(
-        kernel=_partials_kernel,
-        grid=(triton.cdiv(samples, block_n), splits),
-        arguments=(
-            query,
-            key,
-            queue,
-            *partials,
-            samples,
-            keys,
-            dimension,
-            _keys_per_split(keys, splits, block_k),
-            scale,
-            *strides,
-            *queue.stride(),
-        ),
-        constants={
-            "BLOCK_N": block_n,
-            "BLOCK_K": block_k,
-            "BLOCK_D": block_d,
-            "RUNNING_MAXIMUM": not has_fixed_maximum(temperature, queue.dtype),
-            "PRECISION": "tf32x3" if queue.dtype == torch.float32 else "ieee",
-        },
-        num_warps=warps,
-        num_stages=stages,
-    )
-    combine_n = max(1, 1024 // block_d)
-    second = Launch(
-        kernel=_combine_kernel,
-        grid=(triton.cdiv(samples, combine_n),),
-        arguments=(query, key, queue, *partials, *outputs, samples, dimension, splits, scale, *strides),
-        constants={"BLOCK_N": combine_n, "BLOCK_D": block_d, "FINISH": finish},
-        num_warps=4,
-    )
-    return first, second
-
-
-def _keys_per_split(keys: int, splits: int, block_k: int) -> int:
-    return triton.cdiv(triton.cdiv(max(keys, 1), splits), block_k) * block_k
-
-
-def split_count(query: Tensor, queue: Tensor) -> int:
-    """Ranges of the queue: enough programs for every multiprocessor, each range at least one tile."""
-    samples, dimension = query.shape
-    block_n, block_k, *_ = block_sizes(samples, dimension, queue.dtype)
-    wanted = max(1, multiprocessors(query.device) // max(1, triton.cdiv(samples, block_n)))
-    keys = max(len(queue), 1)
-    return triton.cdiv(keys, _keys_per_split(keys, wanted, block_k))
+    # One program for every multiprocessor, each with at least one tile of keys.
+    wanted = max(1, multiprocessors // max(1, triton.cdiv(samples, block_n)))
+    keys = max(keys, 1)
+    keys_per_split = triton.cdiv(triton.cdiv(keys, wanted), block_k) * block_k
+    splits = triton.cdiv(keys, keys_per_split)
+    return Tiles(block_n, block_k, block_d, 8, stages, precision, splits, keys_per_split)
 
 
 def allocate(query: Tensor, splits: int) -> tuple[Buffers, Buffers]:
@@ -310,12 +272,69 @@ def allocate(query: Tensor, splits: int) -> tuple[Buffers, Buffers]:
     return partials, outputs
 
 
+def plan(
+    query: Tensor,
+    key: Tensor,
+    queue: Tensor,
+    temperature: float,
+    tiles: Tiles,
+    partials: Buffers,
+    outputs: Buffers,
+    finish: bool,
+) -> tuple[Launch, Launch]:
+    """The two launches for these tensors."""
+    samples, dimension = query.shape
+    scale = LOG2_E / temperature
+    strides = (*query.stride(), *key.stride())
+    first = Launch(
+        kernel=_partials_kernel,
+        grid=(triton.cdiv(samples, tiles.block_n), tiles.splits),
+        arguments=(
+            query,
+            key,
+            queue,
+            *partials,
+            samples,
+            len(queue),
+            dimension,
+            tiles.keys_per_split,
+            scale,
+            *strides,
+            *queue.stride(),
+        ),
+        constants={
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_K": tiles.block_k,
+            "BLOCK_D": tiles.block_d,
+            "RUNNING_MAXIMUM": not has_fixed_maximum(temperature, queue.dtype),
+            "PRECISION": tiles.precision,
+        },
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    rows = max(1, 1024 // tiles.block_d)
+    second = Launch(
+        kernel=_combine_kernel,
+        grid=(triton.cdiv(samples, rows),),
+        arguments=(query, key, queue, *partials, *outputs, samples, dimension, tiles.splits, scale, *strides),
+        constants={"BLOCK_N": rows, "BLOCK_D": tiles.block_d, "FINISH": finish},
+        num_warps=4,
+    )
+    return first, second
+
+
 def _launch(
-    query: Tensor, key: Tensor, queue: Tensor, temperature: float, finish: bool, splits: int | None = None
+    query: Tensor, key: Tensor, queue: Tensor, temperature: float, finish: bool, tiles: Tiles | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, ∂loss/∂query, 1 - p⁺ and beaten; or total, weighted, maximum and beaten unless ``finish``."""
-    partials, outputs = allocate(query, split_count(query, queue) if splits is None else splits)
-    for launch in plan(query, key, queue, temperature, partials, outputs, finish):
+    if tiles is None:
+        device = device_properties(query.device)
+        tiles = choose_tiles(len(query), len(queue), query.shape[1], queue.dtype, *device)
+    if query.device.type != "cuda":
+        # Triton's interpreter: it multiplies in float32 and takes no other precision.
+        tiles = tiles._replace(precision="ieee")
+    partials, outputs = allocate(query, tiles.splits)
+    for launch in plan(query, key, queue, temperature, tiles, partials, outputs, finish):
         launch.run()
     return outputs
 

@@ -45,11 +45,12 @@ class Launch:
 
 
 @functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Streaming multiprocessors of a CUDA device; those of an H100 or H200 for any other device (offline use)."""
+def device_properties(device: torch.device) -> tuple[int, int]:
+    """Compute capability (80, 90, ...) and number of multiprocessors; those of an H200 for a device that is no GPU."""
     if device.type != "cuda":
-        return 132
-    return torch.cuda.get_device_properties(device).multi_processor_count
+        return 90, 132
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:
