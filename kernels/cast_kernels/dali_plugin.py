@@ -42,6 +42,12 @@ NATIVE = Path(__file__).resolve().parent / "_native"
 PROJECT = Path(__file__).resolve().parents[2]
 SOURCES = ("CMakeLists.txt", "kernels/csrc")
 CUDA_CHOICES = ("auto", "on", "off")
+# what DALI's headers include of CUDA's, and the package of PyPI that has it
+CUDA_HEADERS = {
+    "cuda_runtime_api.h": "nvidia-cuda-runtime",
+    "crt/host_config.h": "nvidia-cuda-crt",
+    "nv/target": "nvidia-cuda-cccl",
+}
 PAIR_CONSTRAINTS = ("overlap", "independent")
 
 
@@ -255,7 +261,7 @@ def _build(tools: Toolchain, with_cuda: bool, native: Path, verbose: bool) -> Pa
     record = {"dali": tools.dali_version, "cuda": with_cuda, "sources": _source_hash()}
     folder = native / f"dali-{tools.dali_version}"
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".lock"):
+    with _lock(folder):
         library = folder / LIBRARY
         with contextlib.suppress(OSError, ValueError):
             if library.is_file() and json.loads((folder / "build.json").read_text()) == record:
@@ -273,8 +279,10 @@ def _build(tools: Toolchain, with_cuda: bool, native: Path, verbose: bool) -> Pa
                 configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
             elif _which("make") is None:
                 raise PluginError("neither make nor ninja found (pip install ninja)")
-            _call(configure, verbose)
-            _call([str(tools.cmake), "--build", scratch, "--parallel", str(os.cpu_count() or 1)], verbose)
+            environment = _build_environment(tools)
+            _call(configure, environment, verbose)
+            build_command = [str(tools.cmake), "--build", scratch, "--parallel", str(os.cpu_count() or 1)]
+            _call(build_command, environment, verbose)
             # the record goes first and comes back last: a build that is cut short never looks current
             (folder / "build.json").unlink(missing_ok=True)
             shutil.copyfile(Path(scratch) / LIBRARY, folder / (LIBRARY + ".new"))
@@ -284,9 +292,20 @@ def _build(tools: Toolchain, with_cuda: bool, native: Path, verbose: bool) -> Pa
     return library
 
 
-def _call(command: list[str], verbose: bool) -> None:
+def _build_environment(tools: Toolchain) -> dict[str, str]:
     # pip's isolated builds hide the environment through PYTHONPATH, also from a cmake that pip installed there
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    if tools.nvcc is not None:
+        # pip's nvcc looks for its libraries in lib64, but its packages put them in lib
+        libraries = tools.nvcc.resolve().parents[1] / "lib"
+        if (libraries / "libcudart_static.a").is_file():
+            environment["LIBRARY_PATH"] = os.pathsep.join(
+                [str(libraries), *filter(None, [environment.get("LIBRARY_PATH")])]
+            )
+    return environment
+
+
+def _call(command: list[str], environment: dict[str, str], verbose: bool) -> None:
     done = subprocess.run(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False, env=environment
     )
@@ -297,11 +316,14 @@ def _call(command: list[str], verbose: bool) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """One build at a time, also between processes."""
-    with path.open("w") as handle:
+def _lock(folder: Path) -> Iterator[None]:
+    """One build at a time in a folder, also between processes."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
         fcntl.flock(handle, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(handle)
 
 
 def _has_sources() -> bool:
@@ -365,7 +387,7 @@ def find_nvcc() -> Path | None:
 
 
 def _find_cuda_headers(nvcc: Path | None) -> tuple[Path, ...]:
-    """Include folders with the CUDA run time's headers and the compiler's own, which pip ships in two packages."""
+    """Include folders with the headers of CUDA that DALI's headers include, with or without a CUDA compiler."""
     roots = [Path(home) for name in ("CUDA_HOME", "CUDA_PATH") if (home := os.environ.get(name))]
     if nvcc is not None:
         roots.append(nvcc.resolve().parents[1])
@@ -374,16 +396,17 @@ def _find_cuda_headers(nvcc: Path | None) -> tuple[Path, ...]:
     for path in _site_folders():
         folders += sorted(Path(path).glob("nvidia/cu*/include"))  # CUDA 13 and later, then 12
         folders += sorted(Path(path).glob("nvidia/cuda_*/include"))
+    folders = [folder for parent in folders for folder in (parent, parent / "cccl")]
     for folder in folders:
-        if (folder / "cuda_runtime_api.h").is_file() and (folder / "crt" / "host_config.h").is_file():
+        if all((folder / header).is_file() for header in CUDA_HEADERS):
             return (folder,)
-    runtime = next((folder for folder in folders if (folder / "cuda_runtime_api.h").is_file()), None)
-    compiler = next((folder for folder in folders if (folder / "crt" / "host_config.h").is_file()), None)
-    if runtime is None or compiler is None:
-        missing = "cuda_runtime_api.h" if runtime is None else "crt/host_config.h"
-        package = "nvidia-cuda-runtime" if runtime is None else "nvidia-cuda-crt"
-        raise PluginError(f"DALI's headers need {missing} of CUDA, which is not found (pip install {package})")
-    return (runtime, compiler)
+    chosen: list[Path] = []
+    for header, package in CUDA_HEADERS.items():
+        folder = next((folder for folder in folders if (folder / header).is_file()), None)
+        if folder is None:
+            raise PluginError(f"DALI's headers need {header} of CUDA, which is not found (pip install {package})")
+        chosen.append(folder)
+    return tuple(dict.fromkeys(chosen))
 
 
 def main(arguments: list[str] | None = None) -> int:
