@@ -8,7 +8,7 @@ disk space, in this order. A run folder holds::
     timing.csv       rate, loader share and memory over stretches of steps
     tensorboard/     the same as events
     checkpoints/     see ``cast_fast.checkpoint``
-    skipped.csv      files left out with --skip-invalid; only where there are any
+    skipped.jsonl    files left out with --skip-invalid; only where there are any
     nonfinite.csv    steps with a non-finite loss or gradient and their samples; only where there are any
 
 A run that stops, for whatever reason, goes on with ``--resume`` as if it had never stopped: on the CPU with the very
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import csv
 import dataclasses
 import datetime
 import importlib.util
@@ -47,7 +46,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cast_fast import checkpoint, distributed
 from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args, differing_fields, flag
-from cast_fast.data import sampling
+from cast_fast.data import layout, sampling
 from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
 from cast_fast.encoder import cam_grid
@@ -60,7 +59,6 @@ from cast_fast.step import TrainStep, compile_fault
 
 if TYPE_CHECKING:
     from cast_fast.data.dali_loader import DaliLoader
-    from cast_fast.data.layout import Dataset
 
 logger = logging.getLogger("cast_fast")
 
@@ -160,7 +158,6 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         trainer.require_space()
         if not locked:
             stack.enter_context(_locked(run))
-        trainer.write_run_folder()
         return trainer.train(grid, order.global_batch, signals, stack)
 
 
@@ -238,7 +235,7 @@ def _require_same_config(saved: PretrainConfig, now: PretrainConfig, where: str)
         raise UserError(f"--resume: the configuration differs from {where}: {changes}")
 
 
-def _require_same_dataset(saved: dict[str, Any], dataset: Dataset) -> None:
+def _require_same_dataset(saved: dict[str, Any], dataset: layout.Dataset) -> None:
     if saved["dataset"] != dataset.fingerprint():
         raise UserError(
             f"--resume: the dataset changed: {saved['length']} usable samples when the checkpoint was written, "
@@ -258,9 +255,7 @@ def _locked(run: Path) -> Iterator[None]:
         yield
 
 
-def _load_dataset(config: PretrainConfig) -> Dataset:
-    from cast_fast.data import layout
-
+def _load_dataset(config: PretrainConfig) -> layout.Dataset:
     if config.images is None:
         raise UserError(f"--data: got {config.data}, but this version reads folders only: --images DIR --saliency DIR")
     maps = config.saliency if config.needs_saliency else None
@@ -305,7 +300,7 @@ class _Trainer:
         config: PretrainConfig,
         device: torch.device,
         kernels: bool,
-        dataset: Dataset,
+        dataset: layout.Dataset,
         model: MoCo,
         optimizer: torch.optim.Optimizer,
         total_steps: int,
@@ -318,6 +313,7 @@ class _Trainer:
         self.first_step = self.step = 0
         self.saved_step: int | None = None
         self.fingerprint = dataset.fingerprint()
+        self.compiled = False
         nonfinite = {"in_a_row": 0, "total": 0}
         if saved is not None:
             self.first_step = self.step = self.saved_step = saved.step
@@ -357,8 +353,8 @@ class _Trainer:
         what = f"{count} checkpoint{'s' if count > 1 else ''} of {size / 1e6:,.1f} MB"
         checkpoint.require_space(self.run, count * size, what)
 
-    def write_run_folder(self) -> None:
-        """Writes config.json and the list of skipped files.
+    def write_run_folder(self, loader: DaliLoader, train_step: TrainStep) -> None:
+        """Writes config.json, with what ``auto`` settings came to, and the list of skipped files.
 
         Raises:
             UserError: the folder is not writable or the disk is full.
@@ -382,10 +378,14 @@ class _Trainer:
             "host": platform.node(),
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
+            "precision": str(train_step.dtype).removeprefix("torch."),
+            "compiled": self.compiled,
+            "kernels": "triton" if train_step.kernels else "torch",
+            "native_crops": loader.native,
             "versions": checkpoint.versions(),
         }
         for before in content["starts"][-1:]:
-            for name in ("device", "threads"):
+            for name in ("device", "threads", "precision", "compiled", "kernels"):
                 if before.get(name) != start[name]:
                     logger.warning(
                         "%s changed from %s to %s: last bits may differ", name, before.get(name), start[name]
@@ -393,13 +393,10 @@ class _Trainer:
         content["starts"].append(start)
         try:
             _write_atomically(path, json.dumps(content, indent=2) + "\n")
-            if self.dataset.faults:
-                with open(self.run / "skipped.csv", "w", newline="", encoding="utf-8") as handle:
-                    writer = csv.writer(handle, lineterminator="\n")
-                    writer.writerow(["path", "kind", "message"])
-                    writer.writerows([fault.path, fault.kind, fault.message] for fault in self.dataset.faults)
         except OSError as error:
             raise UserError(f"--out: cannot write into {self.run}: {error.strerror or error}") from error
+        if self.dataset.faults:
+            layout.write_faults(self.run / "skipped.jsonl", self.dataset.faults)
 
     def build_loader(self, grid: tuple[int, int]) -> DaliLoader:
         """The loader at the step where the run stands."""
@@ -429,13 +426,14 @@ class _Trainer:
         fault = compile_fault(self.device) if config.compile else None
         if fault is not None:
             logger.warning("training without torch.compile, which does not work here: %s", fault)
+        self.compiled = config.compile and fault is None
         return TrainStep(
             self.model,
             self.optimizer,
             objective=Objective(config.lam, config.loss_combination, config.temperature, config.attention_loss),
             momentum=config.momentum,
             precision=config.precision,
-            compile=config.compile and fault is None,
+            compile=self.compiled,
             kernels=self.kernels,
             clip_grad=config.clip_grad,
         )
@@ -456,6 +454,7 @@ class _Trainer:
         loader = self.build_loader(grid)
         stack.callback(loader.close)
         train_step = self.build_step()
+        self.write_run_folder(loader, train_step)
         display = stack.enter_context(_Display(self.step, self.total_steps))
         clock = _Clock(global_batch, self.device)
         signals.defer()
@@ -542,10 +541,10 @@ class _NonFinite:
         self._log: CsvLog | None = None
         self.too_many = False
         self._run, self._step = Path(), 0
-        self._dataset: Dataset | None = None
+        self._dataset: layout.Dataset | None = None
         self._last: tuple[int, list[str]] = (0, [])
 
-    def open(self, run: Path, step: int, dataset: Dataset) -> None:
+    def open(self, run: Path, step: int, dataset: layout.Dataset) -> None:
         """Cuts an existing list back to ``step``; a new one is begun only when there is something to write."""
         self._run, self._step, self._dataset = run, step, dataset
         if (run / "nonfinite.csv").exists():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import json
 import re
 import resource
 import shutil
@@ -108,10 +109,11 @@ def test_faulty_files_are_skipped_on_request(data: Path, tmp_path: Path) -> None
     empty_map(data)
     config = settings(data, run, skip_invalid=True, on_empty_saliency="skip", steps=1)
     assert cli.main(command_line(config)) == 0
-    skipped = (run / "skipped.csv").read_text()
-    assert skipped.splitlines()[0] == "path,kind,message" and len(skipped.splitlines()) == 4
-    for name in ("scene_000003.jpg", "scene_000005.png", "scene_000007"):
-        assert name in skipped
+    skipped = [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    assert {Path(fault["path"]).name for fault in skipped} == {
+        "scene_000003.jpg", "scene_000005.png", "scene_000007.png"
+    }  # fmt: skip
+    assert all(fault["kind"] and fault["message"] for fault in skipped)
 
 
 def empty_folder(data: Path) -> dict[str, Any]:

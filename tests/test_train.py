@@ -54,12 +54,13 @@ def settings(scenes: Path, out: Path, **changes: Any) -> PretrainConfig:
         "saliency": scenes / "saliency",
         "out": out,
         "arch": "resnet18",
-        "size": 32,
+        "size": 48,  # a grid of 2 × 2; on a single cell the attention loss is 0 or 1
         "batch": 4,
         "queue_size": 18,  # no multiple of the batch
         "steps": TOTAL,
         "dim": 16,
         "device": "cpu",
+        "precision": "fp32",
         "compile": False,
         "loader_threads": 1,
         "seed": 5,
@@ -137,7 +138,10 @@ def test_run_folder(undisturbed: Path, scenes: Path) -> None:
     content = json.loads((undisturbed / "config.json").read_text())
     assert PretrainConfig.from_json(content["config"]) == settings(scenes, undisturbed, checkpoint_every=2)
     assert content["dataset"]["samples"] == 10 and content["dataset"]["skipped"] == 0
-    assert content["starts"][0]["versions"]["torch"] == torch.__version__
+    (start,) = content["starts"]
+    assert start["versions"]["torch"] == torch.__version__
+    resolved = [start[name] for name in ("device", "precision", "compiled", "kernels")]
+    assert resolved == ["cpu", "float32", False, "torch"]
     with open(undisturbed / "metrics.csv", newline="") as handle:
         rows = list(csv.DictReader(handle))
     assert [int(row["step"]) for row in rows] == list(range(1, TOTAL + 1))
@@ -151,7 +155,7 @@ def test_run_folder(undisturbed: Path, scenes: Path) -> None:
     assert float(rows[-1]["lr"]) < 0.1 * float(rows[0]["lr"])
     assert checkpoint.steps(undisturbed) == [6, 4, 2]
     assert list((undisturbed / "tensorboard").iterdir())
-    assert not (undisturbed / "nonfinite.csv").exists() and not (undisturbed / "skipped.csv").exists()
+    assert not (undisturbed / "nonfinite.csv").exists() and not (undisturbed / "skipped.jsonl").exists()
 
 
 def test_checkpoint_holds_everything(undisturbed: Path) -> None:
