@@ -17,12 +17,16 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import zlib
-from typing import TypedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 100_000_000
@@ -96,57 +100,99 @@ def _check_png_chunks(data: bytes) -> None:
         at = end
 
 
-def check_image(data: bytes, notes: int) -> Reply:
+class Decoded(NamedTuple):
+    """An intact image, decoded or ready to be."""
+
+    width: int
+    """Stored width; an EXIF rotation is reported, not applied."""
+    height: int
+    orientation: int
+    """EXIF orientation, 1 if there is none."""
+    picture: Image.Image
+    bgr: NDArray[np.uint8] | None
+    """(height, width, 3) of a JPEG; a PNG's pixels are in ``picture``."""
+
+
+def decode_image(data: bytes, notes: int) -> Decoded:
     """Decodes an image completely.
 
     Args:
         data: content of the file.
         notes: descriptor of a file that receives the process's stderr.
 
-    Returns:
-        Stored width and height (an EXIF rotation is reported, not applied) and the orientation.
+    Raises:
+        DecodeFault: the content is no intact JPEG or PNG.
+    """
+    picture = _open(data, ["JPEG", "PNG"])
+    bgr = None
+    if picture.format == "PNG":
+        _check_png_chunks(data)
+        _load(picture)
+    else:
+        bgr = _decode_jpeg(data, picture, notes)
+    try:
+        orientation = int(picture.getexif().get(_EXIF_ORIENTATION, 1))
+    except Exception:  # a broken EXIF block does not concern the pixels
+        orientation = 1
+    return Decoded(picture.width, picture.height, orientation if 1 <= orientation <= 8 else 1, picture, bgr)
+
+
+def _decode_jpeg(data: bytes, picture: Image.Image, notes: int) -> NDArray[np.uint8]:
+    os.ftruncate(notes, 0)
+    os.lseek(notes, 0, os.SEEK_SET)
+    decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
+    warning = _JPEG_DAMAGE.search(os.pread(notes, 8192, 0).decode("utf-8", "replace"))
+    if decoded is None:
+        _load(picture)  # for its message; it may also be more patient than OpenCV
+        reason = warning.group() if warning else "OpenCV refuses it"
+        raise DecodeFault("undecodable", f"cannot be decoded: {reason}")
+    if warning:
+        raise DecodeFault("damaged", f"is damaged: {warning.group()}")
+    return np.asarray(decoded, np.uint8)
+
+
+def check_image(data: bytes, notes: int) -> Reply:
+    """Stored size and EXIF orientation of an image that `decode_image` has decoded completely.
 
     Raises:
         DecodeFault: the content is no intact JPEG or PNG.
     """
-    with _open(data, ["JPEG", "PNG"]) as picture:
-        reply = Reply(width=picture.width, height=picture.height, orientation=1, peak=0, kind="", message="")
-        if picture.format == "PNG":
-            _check_png_chunks(data)
-            _load(picture)
-            return reply
-        try:
-            reply["orientation"] = int(picture.getexif().get(_EXIF_ORIENTATION, 1))
-        except Exception:  # a broken EXIF block does not concern the pixels
-            reply["orientation"] = 1
-        os.ftruncate(notes, 0)
-        os.lseek(notes, 0, os.SEEK_SET)
-        decoded = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-        warning = _JPEG_DAMAGE.search(os.pread(notes, 8192, 0).decode("utf-8", "replace"))
-        if decoded is None:
-            _load(picture)  # for its message; it may also be more patient than OpenCV
-            reason = warning.group() if warning else "OpenCV refuses it"
-            raise DecodeFault("undecodable", f"cannot be decoded: {reason}")
-        if warning:
-            raise DecodeFault("damaged", f"is damaged: {warning.group()}")
-    return reply
+    width, height, orientation, _, _ = decode_image(data, notes)
+    return Reply(width=width, height=height, orientation=orientation, peak=0, kind="", message="")
 
 
-def check_map(data: bytes) -> Reply:
-    """Decodes a saliency map completely: an 8-bit grey PNG.
+def decode_map(data: bytes, depths: tuple[int, ...] = (8,)) -> NDArray[np.uint8]:
+    """Decodes a saliency map completely: a grey PNG of one of these depths in bits, to (height, width) uint8.
 
     Raises:
         DecodeFault: the content is no intact PNG, or a PNG of another pixel format.
     """
     with _open(data, ["PNG"]) as picture:
         depth, colour = data[24], data[25]
-        if (depth, colour) != (8, 0):
+        if depth not in depths or colour != 0:
             found = f"{depth}-bit {_PNG_COLOURS.get(colour, f'colour type {colour}')}"
-            raise DecodeFault("map-format", f"is a {found} PNG, expected 8-bit grey")
+            raise DecodeFault("map-format", f"is a {found} PNG, expected {' or '.join(map(str, depths))}-bit grey")
         _check_png_chunks(data)
         _load(picture)
-        peak = int(np.asarray(picture).max())
-        return Reply(width=picture.width, height=picture.height, orientation=1, peak=peak, kind="", message="")
+        return to_eight_bits(np.asarray(picture))
+
+
+def to_eight_bits(values: NDArray) -> NDArray[np.uint8]:
+    """16-bit values rounded to 8 bits; others as they are."""
+    if values.dtype == np.uint8:
+        return values
+    return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+
+
+def check_map(data: bytes) -> Reply:
+    """Size and peak of a saliency map, an 8-bit grey PNG, that has been decoded completely.
+
+    Raises:
+        DecodeFault: the content is no intact PNG, or a PNG of another pixel format.
+    """
+    values = decode_map(data)
+    height, width = values.shape
+    return Reply(width=width, height=height, orientation=1, peak=int(values.max()), kind="", message="")
 
 
 def _answer(kind: str, path: str, notes: int) -> Reply:
@@ -163,8 +209,24 @@ def _answer(kind: str, path: str, notes: int) -> Reply:
     return Reply(width=0, height=0, orientation=1, peak=0, kind=found[0], message=found[1])
 
 
-def main() -> None:
-    """Answers requests ``[kind, path]`` (kind "image" or "map") until stdin ends."""
+def start_child(module: str) -> subprocess.Popen[bytes]:
+    """Starts ``python -m MODULE``, which is to call `serve`, with pipes for its requests and answers."""
+    # The child must find this package where the parent found it, installed or not.
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+
+
+def serve(answer: Callable[[Any, int], bytes]) -> None:
+    """Answers requests, one JSON value a line, until stdin ends.
+
+    Args:
+        answer: from a request and the descriptor of the file that receives the process's stderr to the bytes of the
+            answer.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing stdin
     cv2.setNumThreads(1)
     Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead, without a warning in between
@@ -173,8 +235,14 @@ def main() -> None:
         os.dup2(notes, 2)
         os.dup2(notes, 1)
         for line in sys.stdin.buffer:
-            kind, path = json.loads(line)
-            replies.write(json.dumps(_answer(kind, path, notes)).encode() + b"\n")
+            unsent = memoryview(answer(json.loads(line), notes))
+            while unsent:  # an unbuffered write may be partial
+                unsent = unsent[replies.write(unsent) :]
+
+
+def main() -> None:
+    """Answers requests ``[kind, path]`` (kind "image" or "map") with a `Reply` each."""
+    serve(lambda request, notes: json.dumps(_answer(request[0], request[1], notes)).encode() + b"\n")
 
 
 if __name__ == "__main__":

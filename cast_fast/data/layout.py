@@ -24,7 +24,6 @@ import os
 import queue
 import stat
 import subprocess
-import sys
 import threading
 from collections import Counter
 from collections.abc import Generator
@@ -32,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cast_fast.data.decode_check import Reply
+from cast_fast.data.decode_check import Reply, start_child
 from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
 
@@ -209,7 +208,7 @@ class _Decoder:
 
     def check(self, kind: str, path: Path) -> Reply:
         if self._process is None:
-            self._process = self._start()
+            self._process = start_child("cast_fast.data.decode_check")
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:
@@ -227,15 +226,6 @@ class _Decoder:
             raise RuntimeError(f"the decoder process ended with code {code} before its first answer")
         message = f"a decoder crashed on it (code {code})"
         return Reply(width=0, height=0, orientation=1, peak=0, kind="decoder-crash", message=message)
-
-    @staticmethod
-    def _start() -> subprocess.Popen[bytes]:
-        # The child must find this package where the parent found it, installed or not.
-        root = str(Path(__file__).resolve().parents[2])
-        path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-        environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", "cast_fast.data.decode_check"]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
 
     def close(self) -> None:
         if self._process is not None:
