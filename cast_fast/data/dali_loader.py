@@ -37,7 +37,6 @@ from numpy.typing import NDArray
 from nvidia.dali import fn as dali_fn
 from nvidia.dali import pipeline_def, types
 from nvidia.dali.pipeline import do_not_convert
-from torch import Tensor
 
 from cast_fast.data import sampling
 from cast_fast.data.batch import Batch
@@ -140,7 +139,7 @@ class Augmentation:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """What the pipeline's graph depends on."""
 
     size: int
@@ -152,13 +151,14 @@ class _Recipe:
     blur: bool
     cuda: bool
     native: bool
+    hw_decoder_load: float | None = None
 
     @property
     def needs_maps(self) -> bool:
         return self.constrained or self.attention
 
 
-class _Source:
+class Source:
     """Feeds the pipeline: called with 0, 1, 2, … since it was built, gives the inputs of that step's batch.
 
     The arrays' order is that of ``cast_pipeline``'s unpacking.
@@ -169,7 +169,7 @@ class _Source:
         dataset: Dataset,
         order: sampling.GlobalOrder,
         augmentation: Augmentation,
-        recipe: _Recipe,
+        recipe: Recipe,
         broken: Collection[int],
     ) -> None:
         self.dataset, self.order, self.augmentation = dataset, order, augmentation
@@ -258,8 +258,20 @@ class _NumpyWindows:
         return relative, fallback
 
 
+def decoded_image(encoded: Any, recipe: Recipe) -> Any:
+    """(H, W, 3) uint8 on the recipe's device, as stored: EXIF would turn the image and leave its map as it is."""
+    arguments = {} if recipe.hw_decoder_load is None else {"hw_decoder_load": recipe.hw_decoder_load}
+    device = "mixed" if recipe.cuda else "cpu"
+    return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **arguments)
+
+
+def decoded_map(encoded: Any) -> Any:
+    """(H, W, 1) uint8 in CPU memory, as stored."""
+    return fn.decoders.image(encoded, output_type=types.GRAY, adjust_orientation=False)
+
+
 @do_not_convert  # DALI would rewrite the functions called here, down to the standard library
-def _constrained_windows(saliency: Any, random: Any, recipe: _Recipe) -> tuple[Any, Any]:
+def constrained_windows(saliency: Any, random: Any, recipe: Recipe) -> tuple[Any, Any]:
     """Relative corners (2, 4) float32 and fallback flags (2,) uint8, both in CPU memory, as DALI nodes."""
     if recipe.native:
         _, corners, fallback, _ = dali_plugin.saliency_crop(
@@ -306,7 +318,7 @@ def _salient_share(salient: Any, start: Any, end: Any, grid: tuple[int, int]) ->
 
 
 @pipeline_def(enable_conditionals=True)
-def cast_pipeline(source: _Source, recipe: _Recipe) -> tuple[Any, ...]:
+def cast_pipeline(source: Source, recipe: Recipe) -> tuple[Any, ...]:
     """The whole data path as a DALI graph.
 
     Outputs, all but the last of a constrained pipeline on the recipe's device: query and key (S, S, 3) uint8; with
@@ -315,18 +327,13 @@ def cast_pipeline(source: _Source, recipe: _Recipe) -> tuple[Any, ...]:
     """
     kinds, ndims = source.signature()
     inputs = iter(fn.external_source(source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=ndims))
-    image = fn.decoders.image(
-        fn.io.file.read(next(inputs)),
-        device="mixed" if recipe.cuda else "cpu",
-        output_type=types.RGB,
-        adjust_orientation=False,  # else EXIF would turn the image and leave its map as it is
-    )
+    image = decoded_image(fn.io.file.read(next(inputs)), recipe)
     saliency: Any = None
     if recipe.needs_maps:
-        saliency = fn.decoders.image(fn.io.file.read(next(inputs)), output_type=types.GRAY, adjust_orientation=False)
+        saliency = decoded_map(fn.io.file.read(next(inputs)))
     corners, fallback = next(inputs), None
     if recipe.constrained:
-        corners, fallback = _constrained_windows(saliency, corners, recipe)
+        corners, fallback = constrained_windows(saliency, corners, recipe)
 
     near, far, mirror = corners[:, 0:2], corners[:, 2:4], next(inputs)
     start, end = near * (1 - mirror) + far * mirror, far * (1 - mirror) + near * mirror
@@ -361,11 +368,30 @@ def cast_pipeline(source: _Source, recipe: _Recipe) -> tuple[Any, ...]:
     return tuple(outputs)
 
 
+def deliver(outputs: Sequence[Any], recipe: Recipe, indices: NDArray[np.int64]) -> Batch:
+    """The outputs of ``cast_pipeline`` as a batch that shares their memory."""
+    query, key, *rest = [torch.from_dlpack(output.as_tensor()) for output in outputs]
+    saliency = mask = weight = fallback = None
+    if recipe.attention:
+        saliency, mask, weight, *rest = rest
+        mask = mask.squeeze(-1)
+    if recipe.constrained:
+        fallback = rest[0].bool()
+    return Batch(
+        query.permute(0, 3, 1, 2),
+        key.permute(0, 3, 1, 2),
+        saliency,
+        mask,
+        weight,
+        torch.from_numpy(np.array(indices)),
+        fallback,
+    )
+
+
 @pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
 def _probe_pipeline(grey: bool, device: str) -> Any:
     encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
-    output = types.GRAY if grey else types.RGB
-    return fn.decoders.image(encoded, device=device, output_type=output, adjust_orientation=False)
+    return fn.decoders.image(encoded, device=device, output_type=types.GRAY if grey else types.RGB)
 
 
 def _undecodable(
@@ -413,6 +439,7 @@ class DaliLoader:
         native: windows by the native operator (True), by NumPy (False), or by the operator where it is built (None).
         max_broken_share: a file that cannot be decoded is named in the log and replaced by another sample, the same one
             in every run; once more than this share of the dataset is broken the loader stops.
+        hw_decoder_load: share of the JPEGs for the GPU's decoding engines, where it has some; None for DALI's own.
 
     Raises:
         UserError: the dataset is smaller than a global batch; more files than tolerated are broken (from ``next``).
@@ -438,6 +465,7 @@ class DaliLoader:
         start_step: int = 0,
         native: bool | None = None,
         max_broken_share: float = 0.01,
+        hw_decoder_load: float | None = None,
     ) -> None:
         if device not in ("cpu", "cuda"):
             raise ValueError(f"device: got {device!r}, expected 'cpu' or 'cuda'")
@@ -445,7 +473,7 @@ class DaliLoader:
             raise ValueError(
                 f"got size={size}, cam_grid={cam_grid}, threads={threads}, expected positive sizes and threads >= 0"
             )
-        self._recipe = _Recipe(
+        self._recipe = Recipe(
             size=size,
             cam_grid=cam_grid,
             rule=rule,
@@ -455,6 +483,7 @@ class DaliLoader:
             blur=augmentation.blur_p > 0,
             cuda=device == "cuda",
             native=constrained and _choose_native(native),
+            hw_decoder_load=hw_decoder_load,
         )
         if self._recipe.needs_maps:
             for sample in dataset.samples:
@@ -468,7 +497,7 @@ class DaliLoader:
         self._max_broken_share = max_broken_share
         self.broken: dict[int, str] = {}
         """Dataset index and reason of every sample found to be broken."""
-        self._source = _Source(dataset, self._order, augmentation, self._recipe, self.broken)
+        self._source = Source(dataset, self._order, augmentation, self._recipe, self.broken)
         self._pipeline: Any = None
         self.step = start_step
         """The next step to be delivered."""
@@ -498,27 +527,9 @@ class DaliLoader:
             except RuntimeError as error:
                 self._find_broken(error)
                 self.seek(self.step)
-        batch = self._batch([torch.from_dlpack(output.as_tensor()) for output in outputs])
+        batch = deliver(outputs, self._recipe, self._source.indices(self.step))
         self.step += 1
         return batch
-
-    def _batch(self, tensors: list[Tensor]) -> Batch:
-        query, key, *rest = tensors
-        saliency = mask = weight = fallback = None
-        if self._recipe.attention:
-            saliency, mask, weight, *rest = rest
-            mask = mask.squeeze(-1)
-        if self._recipe.constrained:
-            fallback = rest[0].bool()
-        return Batch(
-            query.permute(0, 3, 1, 2),
-            key.permute(0, 3, 1, 2),
-            saliency,
-            mask,
-            weight,
-            torch.from_numpy(np.array(self._source.indices(self.step))),
-            fallback,
-        )
 
     def seek(self, step: int) -> None:
         """Rebuilds the pipeline so that ``step`` is delivered next, with the very batches an uninterrupted run has.

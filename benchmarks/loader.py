@@ -1,0 +1,712 @@
+"""How fast the loader is, where its CPU time goes, and what torchvision and albumentations need for the same work.
+
+    python benchmarks/loader.py [--device auto|cpu|cuda] [--images DIR --saliency DIR] [--batch N] [--size S]
+                                [--threads N] [--repeats N] [--lines A,B] [--out DIR] [--quick]
+
+Lines, all over the same files in the same order with the same windows and, but for albumentations, which draws its own
+from the same ranges, the same colour changes:
+
+``native``, ``numpy``
+    The product's loader, windows by the native operator or by NumPy. On CUDA further lines vary the threads and the
+    share of JPEGs that the decoding engines take (``native-t8-hw0.9``).
+``torchvision``, ``albumentations``
+    A ``torch.utils.data.DataLoader`` with as many worker processes as the others have threads: files decoded, cropped,
+    resized, flipped and coloured by torchvision's v2 functions on uint8 tensors, or by OpenCV and albumentations.
+
+Records: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included) and ``loader_stage``
+(CPU seconds an image of each stage, on the product's loader). Stages are differences of pipelines that do more and more
+of the work, measured in the same rounds: draws (order and random numbers), read, decode, map (its decoding), windows,
+resize (the two views), targets (the two maps of the attention loss), colour, hand-over (DALI's buffers to torch).
+Without data of your own the loader reads made scenes, which are kept for the next run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import importlib.util
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import harness
+import numpy as np
+import torch
+
+from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
+from cast_fast.data import layout, sampling
+from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows
+from cast_fast.errors import UserError
+
+PRODUCT = ("native", "numpy")
+PEERS = ("torchvision", "albumentations")
+STAGES = ("draws", "read", "decode", "map", "windows", "resize", "targets", "colour", "hand-over")
+GOALS = {"windows": 4.0}
+"""Windows by the native operator against NumPy's, in CPU time."""
+
+TURN = 4
+"""Batches in one timed turn; as many untimed ones before it bring the line's queue to its steady state."""
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one run measures."""
+
+    device: torch.device
+    dataset: layout.Dataset
+    batch: int
+    size: int
+    grid: tuple[int, int]
+    threads: int
+    repeats: int
+    lines: tuple[str, ...]
+    augmentation: Any
+    rule: CropRule = dataclasses.field(default_factory=CropRule)
+
+    @property
+    def shape(self) -> dict[str, int | str]:
+        return {"batch": self.batch, "size": self.size, "threads": self.threads}
+
+
+class PeerPairs(torch.utils.data.Dataset):
+    """The work of the product's loader, one pair at a time, in a worker process of torch's ``DataLoader``.
+
+    Items are addressed by (dataset index, global position), which fix the windows and the colour changes.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        # Workers get a copy: only what they need, and no device.
+        self.samples, self.size, self.grid = plan.dataset.samples, plan.size, plan.grid
+        self.augmentation, self.rule = plan.augmentation, plan.rule
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, ...]:
+        index, position = item
+        return self.pair(self.samples[index], sampling.draw(_SEED, np.array([position])))
+
+    def pair(self, sample: layout.Sample, draws: sampling.Draws) -> tuple[torch.Tensor, ...]:
+        """Query and key (3, S, S) uint8, query saliency (G_h, G_w) float32 and key mask (S, S) uint8."""
+        raise NotImplementedError
+
+
+class TorchvisionPairs(PeerPairs):
+    """By ``torchvision.io`` and the functions of ``torchvision.transforms.v2`` on uint8 tensors."""
+
+    def pair(self, sample: layout.Sample, draws: sampling.Draws) -> tuple[torch.Tensor, ...]:
+        from torchvision import io
+        from torchvision.transforms.v2 import functional as F
+
+        assert sample.saliency is not None
+        image = io.decode_image(io.read_file(str(sample.image)), io.ImageReadMode.RGB)
+        saliency = io.decode_image(io.read_file(str(sample.saliency)), io.ImageReadMode.GRAY)
+        windows = crop_windows(saliency[0].numpy(), draws.windows[0], self.rule)
+        salient = (saliency > THRESHOLD).float()
+        parameters = self.augmentation.parameters(draws.augment, self.size)
+        fine = [16 * cells for cells in self.grid]
+        views, shares = [], []
+        for column, (window, side) in enumerate(((windows.query, fine), (windows.key, [self.size] * 2))):
+            box = _scaled(window, saliency.shape[1:], image.shape[1:])
+            view = _resized_crop(image, box, [self.size] * 2)
+            share = _resized_crop(salient, window.tolist(), side)
+            mirrored, *factors, hue, sigma = [float(field[0, column]) for field in parameters]
+            if mirrored:
+                view, share = F.horizontal_flip(view), F.horizontal_flip(share)
+            views.append(self._coloured(view, factors, hue, sigma))
+            shares.append(share)
+        query_saliency = torch.nn.functional.adaptive_avg_pool2d(shares[0], self.grid)[0]
+        return views[0], views[1], query_saliency, (shares[1][0] > 0.5).to(torch.uint8)
+
+    @staticmethod
+    def _coloured(view: torch.Tensor, factors: list[float], hue: float, sigma: float) -> torch.Tensor:
+        from torchvision.transforms.v2 import functional as F
+
+        brightness, contrast, saturation = factors
+        if brightness != 1:
+            view = F.adjust_brightness(view, brightness)
+        if contrast != 1:
+            view = F.adjust_contrast(view, contrast)
+        if saturation not in (0, 1):
+            view = F.adjust_saturation(view, saturation)
+        if hue != 0:
+            view = F.adjust_hue(view, hue / 360)
+        if saturation == 0:
+            view = F.rgb_to_grayscale(view, num_output_channels=3)
+        if sigma > 0:
+            view = F.gaussian_blur(view, [2 * int(np.ceil(3 * sigma)) + 1] * 2, [sigma] * 2)
+        return view
+
+
+class AlbumentationsPairs(PeerPairs):
+    """By OpenCV and albumentations."""
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        import cv2
+
+        albumentations = importlib.import_module("albumentations")  # optional
+
+        a = plan.augmentation
+
+        def around(spread: float) -> tuple[float, float]:
+            return max(0.0, 1 - spread), 1 + spread
+
+        steps: list[Any] = [
+            albumentations.Resize(
+                plan.size, plan.size, interpolation=cv2.INTER_AREA, mask_interpolation=cv2.INTER_AREA
+            ),
+            albumentations.HorizontalFlip(p=a.flip_p),
+            albumentations.ColorJitter(
+                around(a.brightness), around(a.contrast), around(a.saturation), (-a.hue, a.hue), p=a.jitter_p
+            ),
+            albumentations.ToGray(p=a.grey_p),
+        ]
+        if a.blur_p > 0:
+            limits = (a.blur_sigma_min * plan.size / 224, a.blur_sigma_max * plan.size / 224)
+            steps.append(albumentations.GaussianBlur(blur_limit=0, sigma_limit=limits, p=a.blur_p))
+        self.transform = albumentations.Compose(steps)
+
+    def pair(self, sample: layout.Sample, draws: sampling.Draws) -> tuple[torch.Tensor, ...]:
+        import cv2
+
+        image = cv2.cvtColor(np.asarray(cv2.imread(str(sample.image), cv2.IMREAD_COLOR)), cv2.COLOR_BGR2RGB)
+        saliency = np.asarray(cv2.imread(str(sample.saliency), cv2.IMREAD_GRAYSCALE))
+        windows = crop_windows(saliency, draws.windows[0], self.rule)
+        salient = np.where(saliency > THRESHOLD, 255, 0).astype(np.uint8)
+        views, shares = [], []
+        for window in (windows.query, windows.key):
+            y, x, h, w = _scaled(window, saliency.shape, image.shape[:2])
+            my, mx, mh, mw = window.tolist()
+            part = salient[my : my + mh, mx : mx + mw]
+            # albumentations wants a mask of the image's size
+            part = part if (mh, mw) == (h, w) else cv2.resize(part, (w, h), interpolation=cv2.INTER_AREA)
+            made = self.transform(image=image[y : y + h, x : x + w], mask=part)
+            views.append(torch.from_numpy(np.ascontiguousarray(made["image"])).permute(2, 0, 1))
+            shares.append(np.ascontiguousarray(made["mask"]))
+        cells = cv2.resize(shares[0], self.grid[::-1], interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+        mask = (shares[1] > THRESHOLD).astype(np.uint8)
+        return views[0], views[1], torch.from_numpy(cells), torch.from_numpy(mask)
+
+
+def _resized_crop(image: torch.Tensor, box: list[int], size: list[int]) -> torch.Tensor:
+    from torchvision.transforms.v2 import functional as F
+
+    top, left, height, width = box
+    return F.resized_crop(image, top, left, height, width, size, antialias=True)
+
+
+def _scaled(window: Any, map_sides: Any, image_sides: Any) -> list[int]:
+    """A window on the map's grid in whole pixels of the image: [y, x, h, w]."""
+    y, x, h, w = window.tolist()
+    (map_height, map_width), (height, width) = map_sides, image_sides
+    top, left = y * height // map_height, x * width // map_width
+    return [top, left, max(1, h * height // map_height), max(1, w * width // map_width)]
+
+
+def _quiet_worker(_: int) -> None:
+    torch.set_num_threads(1)
+    if "cv2" in sys.modules:
+        import cv2
+
+        cv2.setNumThreads(0)
+
+
+def _items(plan: Plan) -> Iterator[list[tuple[int, int]]]:
+    order = sampling.GlobalOrder(len(plan.dataset), _SEED, plan.batch)
+    step = 0
+    while True:
+        indices, positions = order.at(step)
+        yield list(zip(indices.tolist(), positions.tolist()))
+        step += 1
+
+
+def peer_batches(name: str, plan: Plan) -> Iterator[list[torch.Tensor]]:
+    """Endless batches of a ``DataLoader`` on the plan's device."""
+    pairs = {"torchvision": TorchvisionPairs, "albumentations": AlbumentationsPairs}[name](plan)
+    cuda = plan.device.type == "cuda"
+    loader = torch.utils.data.DataLoader(
+        pairs,
+        batch_sampler=_Endless(plan),
+        num_workers=plan.threads,
+        worker_init_fn=_quiet_worker,
+        multiprocessing_context="spawn",  # DALI's threads do not survive a fork
+        pin_memory=cuda,
+    )
+    for batch in loader:
+        yield [tensor.to(plan.device, non_blocking=True) for tensor in batch] if cuda else batch
+
+
+class _Endless(torch.utils.data.Sampler):
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return _items(self.plan)
+
+
+def product_loader(plan: Plan, **changes: Any) -> Any:
+    """The product's loader with the plan's settings."""
+    from cast_fast.data.dali_loader import DaliLoader
+
+    arguments: dict[str, Any] = {
+        "batch": plan.batch,
+        "size": plan.size,
+        "cam_grid": plan.grid,
+        "augmentation": plan.augmentation,
+        "rule": plan.rule,
+        "constrained": True,
+        "attention": True,
+        "seed": _SEED,
+        "device": plan.device.type,
+        "threads": plan.threads,
+    }
+    return DaliLoader(plan.dataset, **(arguments | changes))
+
+
+def _opening(plan: Plan, upto: str) -> Any:
+    """A DALI pipeline that reads the plan's files, decodes the images from "decode" on, and the maps at "map"."""
+    from cast_fast.data import dali_loader as dl
+
+    source, recipe = _source(plan)
+
+    @dl.pipeline_def
+    def opening() -> tuple[Any, Any]:
+        inputs = dl.fn.external_source(
+            lambda step: source(step)[:2], num_outputs=2, batch=True, dtype=dl.types.UINT8, ndim=1
+        )
+        image, saliency = dl.fn.io.file.read(inputs[0]), dl.fn.io.file.read(inputs[1])
+        if upto != "read":
+            image = dl.decoded_image(image, recipe)
+        if upto == "map":
+            saliency = dl.decoded_map(saliency)
+        return image, saliency
+
+    return _built(opening, plan)
+
+
+def _windows(plan: Plan, native: bool) -> Any:
+    """A DALI pipeline of the windows alone, for one batch of decoded maps in memory."""
+    from cast_fast.data import dali_loader as dl
+
+    source, recipe = _source(plan)
+    recipe = dataclasses.replace(recipe, native=native)
+    maps = [np.array(values) for values in _opening(plan, "map").run()[1]]
+    randoms = sampling.draw(_SEED, source.order.at(0)[1]).windows
+
+    @dl.pipeline_def
+    def windows() -> tuple[Any, Any]:
+        saliency = dl.fn.external_source(
+            lambda: maps, batch=True, no_copy=True, dtype=dl.types.UINT8, ndim=3, layout="HWC"
+        )
+        random = dl.fn.external_source(lambda: randoms, batch=True, no_copy=True, dtype=dl.types.FLOAT64, ndim=3)
+        return dl.constrained_windows(saliency, random, recipe)
+
+    return _built(windows, plan)
+
+
+def _built(definition: Any, plan: Plan) -> Any:
+    device_id = torch.cuda.current_device() if plan.device.type == "cuda" else None
+    pipeline = definition(
+        batch_size=plan.batch, num_threads=plan.threads, device_id=device_id, prefetch_queue_depth=2, seed=0
+    )
+    pipeline.build()
+    return pipeline
+
+
+def _source(plan: Plan) -> tuple[Any, Any]:
+    from cast_fast.data import dali_loader as dl
+
+    recipe = dl.Recipe(
+        size=plan.size,
+        cam_grid=plan.grid,
+        rule=plan.rule,
+        constrained=True,
+        attention=True,
+        colour=plan.augmentation.changes_colour,
+        blur=plan.augmentation.blur_p > 0,
+        cuda=plan.device.type == "cuda",
+        native=has_native(),
+    )
+    order = sampling.GlobalOrder(len(plan.dataset), _SEED, plan.batch)
+    return dl.Source(plan.dataset, order, plan.augmentation, recipe, ()), recipe
+
+
+def has_native() -> bool:
+    """Whether the native operator is built for this DALI."""
+    from cast_kernels import dali_plugin
+
+    return dali_plugin.unavailable_reason() is None
+
+
+def stage_lines(plan: Plan) -> dict[str, harness.Line]:
+    """Factories of the pipelines whose differences are the stages."""
+    from cast_fast.data import dali_loader as dl
+
+    plain = dataclasses.replace(plan.augmentation, jitter_p=0, grey_p=0, blur_p=0)
+
+    def draws() -> Callable[[], object]:
+        source, _ = _source(plan)
+        counter = iter(range(sys.maxsize))
+        return _turn(lambda: source(next(counter)), plan)
+
+    def opening(upto: str) -> harness.Line:
+        def build() -> Callable[[], object]:
+            pipeline = _opening(plan, upto)
+            return _turn(pipeline.run, plan)
+
+        return build
+
+    def windows(native: bool) -> harness.Line:
+        def build() -> Callable[[], object]:
+            pipeline = _windows(plan, native)
+            return _turn(pipeline.run, plan)
+
+        return build
+
+    def loading(**changes: Any) -> harness.Line:
+        def build() -> Callable[[], object]:
+            loader = product_loader(plan, **changes)
+            return _turn(lambda: next(loader), plan)
+
+        return build
+
+    def handing() -> Callable[[], object]:
+        source, recipe = _source(plan)
+        pipeline = _built(lambda **settings: dl.cast_pipeline(source, recipe, **settings), plan)
+        outputs = pipeline.run()
+        indices = source.indices(0)
+        return _turn(lambda: dl.deliver(outputs, recipe, indices), plan)
+
+    lines = {
+        "to draws": draws,
+        "to read": opening("read"),
+        "to decode": opening("decode"),
+        "to map": opening("map"),
+        "windows numpy": windows(False),
+        "to resize": loading(augmentation=plain, attention=False),
+        "to targets": loading(augmentation=plain),
+        "to colour": loading(),
+        "hand-over": handing,
+    }
+    if has_native():
+        lines["windows native"] = windows(True)
+    return lines
+
+
+def stages(cpu: dict[str, list[float]]) -> dict[str, list[float]]:
+    """CPU seconds an image of each stage and round, from those of the lines of ``stage_lines``."""
+    windows = "windows native" if "windows native" in cpu else "windows numpy"
+    rounds = {name: np.array(values) for name, values in cpu.items()}
+    found = {
+        "draws": rounds["to draws"],
+        "read": rounds["to read"] - rounds["to draws"],
+        "decode": rounds["to decode"] - rounds["to read"],
+        "map": rounds["to map"] - rounds["to decode"],
+        "windows": rounds[windows],
+        "resize": rounds["to resize"] - rounds["to map"] - rounds[windows] - rounds["hand-over"],
+        "targets": rounds["to targets"] - rounds["to resize"],
+        "colour": rounds["to colour"] - rounds["to targets"],
+        "hand-over": rounds["hand-over"],
+    }
+    return {name: found[name].tolist() for name in STAGES}
+
+
+def rate_lines(plan: Plan) -> dict[str, harness.Line]:
+    """Factories of the lines that load whole batches."""
+
+    def product(**changes: Any) -> harness.Line:
+        def build() -> Callable[[], object]:
+            loader = product_loader(plan, **changes)
+            return _turn(lambda: next(loader), plan)
+
+        return build
+
+    def peer(name: str) -> harness.Line:
+        def build() -> Callable[[], object]:
+            if importlib.util.find_spec(name) is None:
+                raise UserError(f"{name} is not installed")
+            batches = peer_batches(name, plan)
+            return _turn(lambda: next(batches), plan)
+
+        return build
+
+    lines: dict[str, harness.Line] = {
+        "native": product(native=True),
+        "numpy": product(native=False),
+        "torchvision": peer("torchvision"),
+        "albumentations": peer("albumentations"),
+    }
+    if plan.device.type == "cuda":
+        for threads in sorted({max(1, plan.threads // 4), max(1, plan.threads // 2), plan.threads}):
+            for load in (0.5, 0.65, 0.9):
+                lines[f"native-t{threads}-hw{load}"] = product(threads=threads, hw_decoder_load=load)
+    return {name: line for name, line in lines.items() if name in plan.lines or name.split("-")[0] in plan.lines}
+
+
+def _turn(take: Callable[[], object], plan: Plan) -> Callable[[], object]:
+    """A function that takes TURN batches and returns the CPU seconds that this process tree spent meanwhile."""
+
+    def run() -> float:
+        begin = tree_cpu()
+        for _ in range(TURN):
+            take()
+        if plan.device.type == "cuda":
+            torch.cuda.synchronize()
+        return tree_cpu() - begin
+
+    return run
+
+
+def tree_cpu() -> float:
+    """CPU seconds of this process and of its living children so far."""
+    total = time.process_time()
+    tick = os.sysconf("SC_CLK_TCK")
+    for child in multiprocessing.active_children():
+        try:
+            text = Path(f"/proc/{child.pid}/stat").read_text()
+        except OSError:
+            continue
+        user, system = text.rpartition(")")[2].split()[11:13]
+        total += (int(user) + int(system)) / tick
+    return total
+
+
+def _logged(lines: dict[str, harness.Line], log: dict[str, list[float]], images: int) -> dict[str, harness.Line]:
+    """The same lines, which also append the CPU seconds an image of each turn to ``log``."""
+
+    def wrap(name: str, line: harness.Line) -> harness.Line:
+        def build() -> Callable[[], object]:
+            run = line()
+            log[name] = []
+
+            def turn() -> None:
+                spent = run()
+                assert isinstance(spent, float)
+                log[name].append(spent / images)
+
+            return turn
+
+        return build
+
+    return {name: wrap(name, line) for name, line in lines.items()}
+
+
+def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
+    """Measures all lines in one run, adds the records, and returns the outcomes; CPU times are under "cpu NAME"."""
+    images = TURN * plan.batch
+    turns: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
+    lines = rate_lines(plan)
+    rates = set(lines)
+    if "native" in plan.lines or "numpy" in plan.lines:
+        lines |= stage_lines(plan)
+    outcomes: dict[str, harness.Outcome] = {}
+
+    def on_sample(name: str, repeat: int, seconds: Any) -> None:
+        results.sample(name, repeat, seconds)
+        # The last of the turn's calls is the timed one; the one before it brought the queue to its steady state.
+        cpu.setdefault(name, []).append(turns[name][-1])
+
+    def on_line(name: str, outcome: harness.Outcome) -> None:
+        if name not in rates:
+            return
+        outcomes[name] = outcome
+        results.add(
+            results.record(
+                "loader", name, outcome, dtype="uint8", shape=plan.shape, unit="images/s", scale=lambda s: images / s
+            )
+        )
+        if isinstance(outcome, harness.Measurement):
+            outcomes[f"cpu {name}"] = add("loader_cpu", name, cpu[name])
+
+    def add(kind: str, name: str, seconds: list[float]) -> harness.Outcome:
+        measurement = harness.Measurement(tuple(seconds))
+        results.add(results.record(kind, name, measurement, dtype="uint8", shape=plan.shape))
+        return measurement
+
+    harness.interleave(
+        _logged(lines, turns, images),
+        # The host's clock: a turn ends with a synchronisation, and CUDA events would miss the host's share.
+        device=torch.device("cpu"),
+        repeats=plan.repeats,
+        warmup=1,
+        settle=1,
+        on_built=lambda name, seconds: say(f"{name}: ready after {seconds:.1f} s"),
+        on_sample=on_sample,
+        on_line=on_line,
+    )
+    if "hand-over" in cpu:
+        for name, seconds in stages(cpu).items():
+            outcomes[f"stage {name}"] = add("loader_stage", name, seconds)
+        for name in ("windows numpy", "windows native"):
+            if name in cpu:
+                outcomes[name] = add("loader_windows", name.split()[1], cpu[name])
+    return outcomes
+
+
+def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outcome]) -> None:
+    """Prints the tables and draws the chart."""
+    images = TURN * plan.batch
+    rows, bars = [], []
+    for name in [record.variant for record in results.records if record.name == "loader"]:
+        outcome, cpu = outcomes[name], outcomes.get(f"cpu {name}")
+        if isinstance(outcome, harness.Failure):
+            rows.append([name, "–", outcome.reason, ""])
+            bars.append(harness.Bar(name, None, note=outcome.reason, group=2))
+            continue
+        low, rate, high = outcome.percentiles(lambda seconds: images / seconds)
+        assert isinstance(cpu, harness.Measurement)
+        rows.append([name, f"{rate:.4g}", f"{low:.4g}–{high:.4g}", f"{cpu.median * 1e3:.2f}"])
+        note = f"{rate:.4g} images/s, {cpu.median * 1e3:.2f} ms CPU an image"
+        bars.append(harness.Bar(name, rate, low, high, note=note, group=int(name in PEERS)))
+    where = results.environment.device
+    title = f"Loader on {where}: {plan.size} pixels, batch {plan.batch}, {plan.threads} threads"
+    harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows)
+    spent = {
+        name: outcome for name in STAGES if isinstance(outcome := outcomes.get(f"stage {name}"), harness.Measurement)
+    }
+    if spent:
+        total = sum(outcome.median for outcome in spent.values())
+        harness.print_table(
+            "CPU time by stage",
+            ["stage", "ms an image", "p20–p80", "share"],
+            [
+                [
+                    name,
+                    f"{outcome.median * 1e3:.3f}",
+                    "–".join(f"{value:.3f}" for value in outcome.percentiles(lambda s: s * 1e3)[::2]),
+                    f"{outcome.median / total:.1%}",
+                ]
+                for name, outcome in spent.items()
+            ],
+            window_notes(outcomes),
+        )
+    harness.bar_chart(
+        results.out / "loader.png",
+        bars,
+        title="Crop pairs loaded a second",
+        xlabel="images/s",
+        subtitle=title,
+        groups=("cast_fast", "compared with"),
+    )
+
+
+def window_notes(outcomes: dict[str, harness.Outcome]) -> list[str]:
+    """What the native operator saves."""
+    numpy, native = outcomes.get("windows numpy"), outcomes.get("windows native")
+    if not isinstance(numpy, harness.Measurement):
+        return []
+    text = f"windows by NumPy: {numpy.median * 1e3:.3f} ms an image"
+    if not isinstance(native, harness.Measurement):
+        return [f"{text}; the native operator is not built"]
+    gain = numpy.median / native.median
+    return [f"{text}, by the native operator: {native.median * 1e3:.3f} ms, {gain:.1f}× (goal: {GOALS['windows']:g}×)"]
+
+
+def say(text: str) -> None:
+    """A line of progress."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def parse(argv: list[str] | None) -> tuple[Plan, Path]:
+    """The plan and the output folder that the flags mean.
+
+    Raises:
+        UserError: a value out of range, an unknown line, or a dataset with faults.
+    """
+    from cast_fast.data.dali_loader import Augmentation
+    from cast_fast.data.synthetic import write_dataset
+
+    parser = OneLineParser(prog="loader.py", description="measure the loader against its peers", allow_abbrev=False)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="your images (default: made scenes)")
+    parser.add_argument("--saliency", type=Path, metavar="DIR", help="their saliency maps")
+    parser.add_argument("--scenes", type=int, metavar="N", help="made scenes to draw (default: 1024 on CUDA, 128)")
+    parser.add_argument("--batch", type=int, metavar="N", help="pairs in a batch (default: 256 on CUDA, 32)")
+    parser.add_argument("--size", type=int, default=224, metavar="S", help="side of the crops")
+    parser.add_argument("--blur", type=float, default=0.0, metavar="P", help="probability of a blur (default: 0)")
+    parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads or workers (0: all cores)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="interleaved rounds (default: 5; --quick 2)")
+    parser.add_argument("--lines", metavar="A,B", help=f"only these, of {','.join(PRODUCT + PEERS)}")
+    parser.add_argument("--quick", action="store_true", help="few scenes, small batches, two rounds")
+    parser.add_argument("--out", type=Path, default=Path("bench_out/loader"), metavar="DIR")
+    args = parser.parse_args(argv)
+    device = harness.choose_device(args.device)
+    cuda = device.type == "cuda"
+
+    def default(value: int | None, on_cuda: int, on_cpu: int, quick: int) -> int:
+        return value if value is not None else quick if args.quick else on_cuda if cuda else on_cpu
+
+    batch, scenes = default(args.batch, 256, 32, 8), default(args.scenes, 1024, 128, 16)
+    repeats = default(args.repeats, 5, 5, 2)
+    for flag, value, low in (
+        ("--batch", batch, 1),
+        ("--scenes", scenes, 1),
+        ("--size", args.size, 32),
+        ("--threads", args.threads, 0),
+        ("--repeats", repeats, 1),
+    ):
+        if value < low:
+            raise UserError(f"{flag}: got {value}, expected at least {low}")
+    if not 0 <= args.blur <= 1:
+        raise UserError(f"--blur: got {args.blur}, expected a probability")
+    lines = PRODUCT + PEERS
+    if args.lines is not None:
+        lines = tuple(name.strip() for name in args.lines.split(",") if name.strip())
+        for name in lines or ("",):
+            if name not in PRODUCT + PEERS:
+                raise UserError(f"--lines: got {name!r}, expected some of {', '.join(PRODUCT + PEERS)}")
+    if (args.images is None) != (args.saliency is None):
+        raise UserError("--images and --saliency: got one without the other, expected both or neither")
+    images, saliency = args.images, args.saliency
+    if images is None:
+        folder = args.out / f"scenes-{max(scenes, batch)}-{_SEED}"
+        say(f"made scenes: {max(scenes, batch)} in {folder}")
+        write_dataset(folder, max(scenes, batch), _SEED)
+        images, saliency = folder / "images", folder / "saliency"
+    dataset = layout.usable(layout.scan(images, saliency), skip_invalid=False, on_empty_saliency="error")
+    if len(dataset) < batch:
+        raise UserError(f"--batch: got {batch}, but {images} holds {len(dataset)} images")
+    side = -(-args.size // 32)
+    plan = Plan(
+        device,
+        dataset,
+        batch,
+        args.size,
+        (side, side),
+        args.threads or len(os.sched_getaffinity(0)),
+        repeats,
+        lines,
+        Augmentation(blur_p=args.blur),
+    )
+    return plan, args.out
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command-line entry; returns the exit code."""
+    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
+        print("loader.py: error: DALI is not installed (pip install nvidia-dali-cuda130, or -cuda120)", file=sys.stderr)
+        return EXIT_USER_ERROR
+    try:
+        plan, out = parse(argv)
+        results = harness.open_results(out, harness.environment(plan.device))
+    except UserError as error:
+        print(f"loader.py: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
+    outcomes = measure(plan, results)
+    show(plan, results, outcomes)
+    say(f"results: {out}")
+    # A library that is not there is reported and is no failure of the benchmark.
+    failed = [name for name in PRODUCT if isinstance(outcomes.get(name), harness.Failure)]
+    return 1 if "numpy" in failed or (failed and has_native()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

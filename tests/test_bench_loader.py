@@ -1,0 +1,106 @@
+"""The loader's benchmark: its records, and that the peers do the product's work."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import loader
+import numpy as np
+import pytest
+import torch
+
+from cast_fast.data import layout, sampling
+from cast_fast.data.dali_loader import Augmentation
+from cast_fast.data.synthetic import write_dataset
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("scenes"), 8, 0, size=(160, 120), workers=1)
+
+
+@pytest.fixture(scope="module")
+def plan(scenes: Path) -> loader.Plan:
+    dataset = layout.scan(scenes / "images", scenes / "saliency", workers=1, manifest=scenes / "manifest.json")
+    augmentation = Augmentation(blur_p=0.5, hue=0, contrast=0)
+    return loader.Plan(torch.device("cpu"), dataset, 8, 64, (2, 2), 1, 1, loader.PRODUCT, augmentation)
+
+
+def test_a_run_leaves_its_records(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--images", scenes / "images", "--saliency", scenes / "saliency", "--out", tmp_path, "--device", "cpu"]
+    flags += ["--lines", "numpy", "--batch", 4, "--size", 64, "--threads", 1, "--repeats", 2]
+    assert loader.main([str(flag) for flag in flags]) == 0
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    by_name = {(record["name"], record["variant"]): record for record in records}
+    assert by_name["loader", "numpy"]["unit"] == "images/s"
+    assert by_name["loader", "numpy"]["value"] > 0
+    assert by_name["loader_cpu", "numpy"]["value"] > 0
+    assert by_name["loader_windows", "numpy"]["value"] > 0
+    assert [variant for name, variant in by_name if name == "loader_stage"] == list(loader.STAGES)
+    for record in records:
+        assert record["shape"] == {"batch": 4, "size": 64, "threads": 1}
+        assert record["repeats"] == 2
+    assert (tmp_path / "loader.png").stat().st_size > 0
+    printed = capsys.readouterr().out
+    assert "CPU time by stage" in printed
+    assert "hand-over" in printed
+
+
+def test_stages_add_up() -> None:
+    lines = {"draws": 1, "read": 3, "decode": 8, "map": 12, "resize": 30, "targets": 41, "colour": 50}
+    cpu = {f"to {name}": [float(value), 2.0 * value] for name, value in lines.items()}
+    cpu |= {"windows numpy": [9.0, 9.0], "windows native": [2.0, 4.0], "hand-over": [0.5, 1.0]}
+    found = loader.stages(cpu)
+    assert list(found) == list(loader.STAGES)
+    assert found["decode"] == [5.0, 10.0]
+    assert found["windows"] == [2.0, 4.0]
+    assert np.allclose(np.sum(list(found.values()), axis=0), cpu["to colour"])
+    del cpu["windows native"]
+    assert loader.stages(cpu)["windows"] == [9.0, 9.0]
+
+
+def test_torchvision_does_the_same_work(plan: loader.Plan) -> None:
+    """With brightness, saturation, grey, flips and blur alike; contrast and hue differ by definition and are off."""
+    product = next(loader.product_loader(plan, native=False))
+    pairs = loader.TorchvisionPairs(plan)
+    items = next(loader._items(plan))
+    assert [index for index, _ in items] == product.index.tolist()
+    query, key, saliency, mask = (torch.stack(column) for column in zip(*(pairs[item] for item in items)))
+    for got, want in ((query, product.query), (key, product.key)):
+        # The decoders differ by a few levels at sharp edges of JPEGs, the resizes at the windows' borders.
+        assert (got.float() - want.float()).abs().mean() < 2
+    assert (saliency - product.query_saliency).abs().max() < 0.03
+    assert (mask != product.key_mask).float().mean() < 0.01
+
+
+def test_albumentations_does_the_same_kind_of_work(plan: loader.Plan) -> None:
+    pytest.importorskip("albumentations")
+    pairs = loader.AlbumentationsPairs(plan)
+    query, key, saliency, mask = pairs.pair(plan.dataset.samples[0], sampling.draw(0, np.array([0])))
+    assert query.shape == key.shape == (3, 64, 64)
+    assert query.dtype == key.dtype == mask.dtype == torch.uint8
+    assert saliency.shape == (2, 2)
+    assert mask.shape == (64, 64)
+    assert 0 < mask.float().mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--lines", "natiev"], "--lines: got 'natiev'"),
+        (["--batch", "0"], "--batch: got 0"),
+        (["--blur", "2"], "--blur: got 2"),
+        (["--images", "somewhere"], "--images and --saliency"),
+        (["--images", "/nowhere", "--saliency", "/nowhere"], "/nowhere"),
+    ],
+    ids=str,
+)
+def test_mistakes_are_one_line(
+    flags: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert loader.main([*flags, "--device", "cpu", "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "results.jsonl").exists()
