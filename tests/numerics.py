@@ -1,0 +1,95 @@
+"""The one table of tolerances for kernels, and what kernel tests share.
+
+The truth is a float64 run of the reference on the very numbers that the kernel read, so that rounding of the inputs
+is no error of the kernel. Every error is measured against the natural scale of the quantity (``scale``), which the
+test derives; 0 there demands exact equality.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+"""Kernels run compiled on a GPU, and in Triton's interpreter on the CPU without one."""
+INTERPRETED = KERNEL_DEVICE.type == "cpu"
+
+STORED = {
+    torch.float64: 1e-12,
+    torch.float32: 4e-6,
+    torch.float16: 2.0**-11 + 4e-6,
+    torch.bfloat16: 2.0**-8 + 4e-6,
+}
+"""By the type that a result is stored in. float64: order of summation only. float32: accumulation in float32 over up
+to some thousand terms, each rounded to 2^-24 = 6e-8, at most sqrt(8192) · 6e-8 = 5e-6 for rounding errors of random
+sign at the natural scale. float16 and bfloat16 add half a unit in the last place of the stored value."""
+
+INFO_NCE = {
+    torch.float64: 1e-12,
+    torch.float32: 2.0**-15,
+    torch.float16: 2.0**-10,
+    torch.bfloat16: 2.0**-8,
+}
+"""By the type of the queue, for InfoNCE on a GPU, at the scale 1 / T of the logits. float32: three bfloat16 products
+leave out low · low, 2^-16 of the product, and as much again by rounding the halves. float16 and bfloat16: products
+are exact in float32; a softmax weight is rounded by half a unit, 2^-11 and 2^-9, before it multiplies a key, and a
+weighted mean of unit vectors errs by no more than that, twice over for the margin."""
+
+CASE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    """``float32`` rather than ``torch.float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def shape_id(shape: tuple[int, ...]) -> str:
+    """``3x37x7x7``."""
+    return "x".join(map(str, shape))
+
+
+def assert_close(name: str, actual: Tensor, truth: Tensor, scale: Tensor | float, tolerance: float) -> None:
+    """Assert ``|actual - truth| <= tolerance * scale`` everywhere; ``scale`` broadcasts. NaN is never close."""
+    assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
+    if actual.numel() == 0:
+        return
+    error = (actual.detach().to("cpu", torch.float64) - truth.detach().to("cpu", torch.float64)).abs()
+    bound = torch.as_tensor(scale, dtype=torch.float64).to("cpu").expand_as(error) * tolerance
+    bad = ~(error <= bound)
+    if bad.any():
+        ratio = torch.where(bound > 0, error / bound, torch.inf)
+        worst = int(torch.where(error.isnan(), torch.full_like(ratio, torch.inf), ratio).argmax())
+        place = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+        pytest.fail(
+            f"{name}: {int(bad.sum())} of {error.numel()} values are off; worst at {place}: got "
+            f"{actual.flatten()[worst].item()!r}, expected {truth.flatten()[worst].item()!r}, error "
+            f"{error.flatten()[worst].item():.3e}, allowed {bound.flatten()[worst].item():.3e}"
+        )
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fill what ``new_empty`` returns with NaN (integers: a value no test expects), so that unwritten outputs fail."""
+    plain = torch.Tensor.new_empty
+
+    def new_empty(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        made = plain(self, *args, **kwargs)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return made.fill_(torch.nan if made.is_floating_point() else -77_777)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
+
+
+@contextlib.contextmanager
+def far_apart(count: int, dtype: torch.dtype, device: torch.device) -> Iterator[Tensor]:
+    """A flat tensor of ``count`` elements to test 64-bit offsets; on the CPU its untouched pages take no memory."""
+    if device.type == "cuda":
+        yield torch.zeros(count, dtype=dtype, device=device)
+        return
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    memory = mmap.mmap(-1, count * dtype.itemsize, flags=flags)
+    yield torch.frombuffer(memory, dtype=dtype)
