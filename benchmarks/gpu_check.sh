@@ -125,7 +125,10 @@ phase_memory() {
   local batch
   batch=$("$python" benchmarks/report.py "$out" --largest-batch) || { echo "$batch"; return 77; }
   echo "largest batch expected to fit: $batch"
-  ladder "$1" "$2" "$batch" --variants kernels --repeats 1
+  ladder "$1" $(($2 / 2)) "$batch" --variants kernels --repeats 1 && return
+  batch=$((batch * 9 / 10 / 32 * 32))
+  echo "it does not; trying $batch"
+  ladder "$1" $(($2 / 2)) "$batch" --variants kernels --repeats 1
 }
 phase_loader() {
   has nvidia.dali || { echo "DALI is not installed: no loader, no end-to-end line"; return 77; }

@@ -126,11 +126,6 @@ class Report:
                 )
             )
 
-    @property
-    def failed(self) -> dict[str, str]:
-        """Line -> reason."""
-        return {name: out.reason for name, out in self.outcomes.items() if isinstance(out, harness.Failure)}
-
 
 def measure_steps(report: Report) -> dict[str, ladder.Built]:
     """Measures every step line that the plan names and that can run here; returns the built lines."""
@@ -292,75 +287,86 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def entry_of(report: Report, name: str) -> dict[str, Any]:
+    """What ``summary.json`` says about a line."""
+    if name in report.absent:
+        return {"status": "absent", "reason": report.absent[name]}
+    outcome = report.outcomes.get(name, harness.Failure("not measured"))
+    if isinstance(outcome, harness.Failure):
+        return {"status": "failed", "reason": outcome.reason}
+    images = report.images(name)
+    low, rate, high = outcome.percentiles(lambda seconds: images / seconds)
+    trains = name != "loader"
+    return {
+        "status": "ok",
+        "images_per_second": rate,
+        "p20": low,
+        "p80": high,
+        "speedup_over_published": report.ratio(name, "published") if trains else None,
+        "overhead_over_moco": report.ratio("moco", name) if trains else None,
+        "fraction_of_trunk_bound": report.ratio(name, "trunk-bound") if trains else None,
+        "peak_bytes": report.peaks.get(name),
+    }
+
+
+def row_of(name: str, entry: dict[str, Any], batch: int) -> list[str]:
+    """A line of the table."""
+    if entry["status"] != "ok":
+        return [name, entry["status"], *[""] * 6]
+    rate = entry["images_per_second"]
+    spread = f"{harness.decimals(entry['p20'])}–{harness.decimals(entry['p80'])}"
+    ratios = [entry[key] for key in ("speedup_over_published", "overhead_over_moco", "fraction_of_trunk_bound")]
+    cells = ["–" if value is None else f"{value:.2f}" for value in ratios]
+    peak = entry["peak_bytes"]
+    cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
+    return [name, harness.decimals(rate), spread, harness.decimals(1000 * batch / rate), *cells]
+
+
+def bar_of(name: str, entry: dict[str, Any]) -> harness.Bar:
+    """A bar of the chart."""
+    group = 1 if name in ladder.BESIDE else 2 if name in LOADING else 0
+    if entry["status"] != "ok":
+        return harness.Bar(name, None, note=f"{entry['status']}: {entry['reason']}"[:90], group=group)
+    rate, speedup, fraction = (
+        entry[key] for key in ("images_per_second", "speedup_over_published", "fraction_of_trunk_bound")
+    )
+    notes = [harness.decimals(rate)]
+    notes += [f"{speedup:.2f}× published"] if speedup is not None and name != "published" else []
+    notes += [f"{fraction:.0%} of bound"] if fraction is not None and name != "trunk-bound" else []
+    return harness.Bar(name, rate, entry["p20"], entry["p80"], " · ".join(notes), group)
+
+
 def show(report: Report) -> None:
     """Prints the table and writes ``summary.json`` and the chart."""
     plan, env = report.plan, report.results.environment
     settings = plan.settings
-    cuda = settings.device.type == "cuda"
-    columns = ["line", "images/s", "p20–p80", "ms a step", "× published", "× moco time", "of trunk bound"]
-    if cuda:
-        columns.append("peak GiB")
-    rows, bars, lines = [], [], {}
-    for name in (line for line in LINES if line in plan.lines):
-        outcome = report.outcomes.get(name)
-        why = report.absent.get(name) or report.failed.get(name)
-        entry: dict[str, Any] = {"status": "absent" if name in report.absent else "failed", "reason": why}
-        group = 1 if name in ladder.BESIDE else 2 if name in LOADING else 0
-        if isinstance(outcome, harness.Measurement):
-            images = report.images(name)
-            low, rate, high = outcome.percentiles(lambda seconds, images=images: images / seconds)
-            trains = name != "loader"
-            speedup = report.ratio(name, "published") if trains else None
-            overhead = report.ratio("moco", name) if trains else None
-            fraction = report.ratio(name, "trunk-bound") if trains else None
-            milliseconds = 1000 * settings.batch / rate
-            cells = [harness.decimals(rate), f"{harness.decimals(low)}–{harness.decimals(high)}"]
-            cells.append(harness.decimals(milliseconds))
-            cells += ["–" if value is None else f"{value:.2f}" for value in (speedup, overhead, fraction)]
-            notes = [harness.decimals(rate)]
-            notes += [f"{speedup:.2f}× published"] if speedup is not None and name != "published" else []
-            notes += [f"{fraction:.0%} of bound"] if fraction is not None and name != "trunk-bound" else []
-            if cuda:
-                peak = report.peaks.get(name)
-                cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
-            bars.append(harness.Bar(name, rate, low, high, " · ".join(notes), group))
-            entry = {
-                "status": "ok",
-                "images_per_second": rate,
-                "speedup_over_published": speedup,
-                "overhead_over_moco": overhead,
-                "fraction_of_trunk_bound": fraction,
-                "peak_bytes": report.peaks.get(name),
-            }
-        else:
-            why = why or "not measured"
-            entry["reason"] = why
-            cells = [entry["status"], *[""] * (len(columns) - 2)]
-            bars.append(harness.Bar(name, None, note=f"{entry['status']}: {why}"[:90], group=group))
-        rows.append([name, *cells])
-        lines[name] = entry
-
+    entries = {name: entry_of(report, name) for name in plan.lines}
+    columns = ["line", "images/s", "p20–p80", "ms a step", "× published", "× moco time", "of trunk bound", "peak GiB"]
+    shown = len(columns) if settings.device.type == "cuda" else len(columns) - 1
+    rows = [row_of(name, entry, settings.batch)[:shown] for name, entry in entries.items()]
     title = f"CAST step, {settings.arch}, {settings.size} px, batch {settings.batch}, {settings.precision}"
-    notes = [f"{env.device}; torch {env.versions['torch']}; commit {env.commit}; {env.date}"]
-    notes += [f"{name}: {why}" for name, why in (report.absent | report.failed).items()]
+    where = f"{env.device}; torch {env.versions['torch']}; commit {env.commit}; {env.date}"
+    notes = [where, *(f"{name}: {entry['reason']}" for name, entry in entries.items() if entry["status"] != "ok")]
     notes.append(f"× moco time: {THEORY:.2f} in theory (five trunk units against four)")
     if report.limit == "loader":
         notes.append("end-to-end: the loader limits; the step waits for pictures")
     elif report.limit == "step":
         notes.append("end-to-end: the step limits; the loader is faster")
-    harness.print_table(title, columns, rows, notes)
+    harness.print_table(title, columns[:shown], rows, notes)
     summary = {
         "settings": {**settings.shape, "precision": settings.precision, "device": env.device, "commit": env.commit},
-        "lines": lines,
+        "lines": entries,
         "end_to_end_limited_by": report.limit,
     }
     (plan.out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    steps = [rate for name in LINES if name != "loader" and (rate := report.rate(name)) is not None]
+    steps = [
+        entry["images_per_second"] for name, entry in entries.items() if entry["status"] == "ok" and name != "loader"
+    ]
     harness.bar_chart(
         plan.out / "throughput.png",
-        bars,
+        [bar_of(name, entry) for name, entry in entries.items()],
         title=title,
-        subtitle=notes[0],
+        subtitle=where,
         xlabel="image pairs a second (median; whiskers p20–p80)",
         groups=("CAST step", "compared with", "with loader"),
         limit=1.1 * max(steps) if steps else None,
