@@ -41,13 +41,18 @@ class Sample(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def plugin() -> dali_plugin.Status:
+def toolchain() -> dali_plugin.Toolchain:
+    try:
+        return dali_plugin.find_toolchain()
+    except dali_plugin.PluginError as error:
+        pytest.skip(f"the native operator cannot be built here: {error}")
+
+
+@pytest.fixture(scope="module")
+def plugin(request: pytest.FixtureRequest) -> dali_plugin.Status:
     """The operator, loaded; built first where it is not but could be."""
     if dali_plugin.status().library is None:
-        try:
-            dali_plugin.find_toolchain()
-        except dali_plugin.PluginError as error:
-            pytest.skip(f"the native operator cannot be built here: {error}")
+        request.getfixturevalue("toolchain")
         dali_plugin.build()
     return dali_plugin.load()
 
@@ -467,7 +472,9 @@ def test_installing_without_a_compiler_succeeds(tmp_path: Path, no_compiler: dic
     assert (tmp_path / "build" / "lib" / "cast_kernels" / "dali_plugin.py").is_file()
 
 
-def test_a_failing_compiler_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_compiler_is_reported(
+    toolchain: dali_plugin.Toolchain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     broken = tmp_path / "broken-compiler"
     broken.write_text("#!/bin/sh\necho 'this compiler is broken' >&2\nexit 1\n")
     broken.chmod(0o755)

@@ -85,7 +85,7 @@ def rebuild_command() -> str:
     """The shell command that builds the operator for the installed DALI."""
     if _has_sources():
         return f"{sys.executable} {Path(__file__).resolve()} build"
-    return "pip install --force-reinstall --no-deps --no-build-isolation PATH_OF_THE_CAST_FAST_CHECKOUT"
+    return "pip install --force-reinstall --no-deps PATH_OF_THE_CAST_FAST_CHECKOUT"
 
 
 def status() -> Status:
@@ -165,7 +165,7 @@ def saliency_crop(
     Args:
         maps: uint8 saliency maps (H, W) or (H, W, 1), salient where > 127. With ``constrained=False`` any uint8 images
             or, on the CPU, their shapes as from ``fn.peek_image_shape``.
-        random: float64 (2, 11, 26), as made by ``window_random``.
+        random: float64 (2, 11, 26), as made by ``window_random``, on the device of the maps.
         phi, pair_constraint: as in ``CropRule``.
         constrained: False gives ``unconstrained_windows``; so do maps without a salient pixel.
         device: "cpu" or "gpu"; None: where the maps are.
