@@ -195,6 +195,12 @@ def check_map(data: bytes) -> Reply:
     return Reply(width=width, height=height, orientation=1, peak=int(values.max()), kind="", message="")
 
 
+def map_fits(width: int, height: int, map_width: int, map_height: int) -> bool:
+    """Whether a map can be an image's: no larger, and, scaled to one of its sides, at most a pixel off on the other."""
+    aspect = abs(map_width * height - map_height * width) <= max(width, height)
+    return map_width <= width and map_height <= height and aspect
+
+
 def _answer(kind: str, path: str, notes: int) -> Reply:
     try:
         with open(path, "rb") as file:

@@ -31,7 +31,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cast_fast.data.decode_check import Reply, start_child
+from cast_fast.data.decode_check import Reply, map_fits, start_child
 from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
 
@@ -149,11 +149,22 @@ def shown(path: Path | Member | str) -> str:
     return text if text.isprintable() else ascii(text)
 
 
-class _File(NamedTuple):
+class FoundFile(NamedTuple):
+    """A file of a folder dataset."""
+
     path: Path
-    name: str  # below the root, with forward slashes
+    name: str
+    """Path below the root, with forward slashes."""
     size: int
     mtime_ns: int
+
+
+class Pair(NamedTuple):
+    """An image and its map, not yet decoded."""
+
+    stem: str
+    image: FoundFile
+    saliency: FoundFile | None
 
 
 def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[str, list[str]]:
@@ -187,7 +198,7 @@ def _folder_id(folder: Path) -> tuple[int, int]:
     return status.st_dev, status.st_ino
 
 
-def _stat(root: Path, name: str) -> _File | Fault:
+def _stat(root: Path, name: str) -> FoundFile | Fault:
     path = root / name
     try:
         status = path.stat()
@@ -196,7 +207,7 @@ def _stat(root: Path, name: str) -> _File | Fault:
         return Fault(path, "unreadable", reason)
     if not stat.S_ISREG(status.st_mode):
         return Fault(path, "unreadable", "is not a regular file")
-    return _File(path, name, status.st_size, status.st_mtime_ns)
+    return FoundFile(path, name, status.st_size, status.st_mtime_ns)
 
 
 class _Decoder:
@@ -236,7 +247,7 @@ class _Decoder:
                     pipe.close()
 
 
-def _decode(jobs: list[tuple[str, _File]], workers: int) -> Generator[tuple[int, Reply], None, None]:
+def _decode(jobs: list[tuple[str, FoundFile]], workers: int) -> Generator[tuple[int, Reply], None, None]:
     """Checks files in ``workers`` child processes, each driven by a thread; yields (job number, reply) as they come."""
     results: queue.SimpleQueue[tuple[int, Reply] | BaseException] = queue.SimpleQueue()
     pending = iter(range(len(jobs)))
@@ -354,6 +365,38 @@ def read_labels(path: Path) -> dict[str, str]:
     return labels
 
 
+def find_pairs(images: Path, saliency: Path | None) -> tuple[list[Pair], list[Fault]]:
+    """The pairs below two folders, in the order of their stems, and the images that have no partner or two.
+
+    Raises:
+        UserError: a folder is missing, cannot be listed or holds no image.
+    """
+    for flag, folder in (("--images", images), ("--saliency", saliency)):
+        if folder is not None and not folder.is_dir():
+            raise UserError(f"{flag}: {shown(folder)} is {'not a folder' if folder.exists() else 'missing'}")
+    if saliency is not None and images.resolve() == saliency.resolve():
+        raise UserError(f"--images and --saliency are the same folder, {shown(images)}")
+    image_names = _walk(images, IMAGE_SUFFIXES, saliency)
+    if not image_names:
+        raise UserError(f"--images: {shown(images)} holds no .jpg, .jpeg or .png file")
+    map_names = {} if saliency is None else _walk(saliency, MAP_SUFFIXES, images)
+    if saliency is not None and not map_names.keys() & image_names.keys():
+        wanted = shown(min(image_names))
+        raise UserError(f"--saliency: {shown(saliency)} holds no map of any image, expected for example {wanted}.png")
+    orphans = map_names.keys() - image_names.keys()
+    if orphans:
+        _log.info("%d maps have no image, for example %s.png", len(orphans), shown(min(orphans)))
+    pairs: list[Pair] = []
+    faults: list[Fault] = []
+    for stem in sorted(image_names):
+        pair = _pair(images, image_names[stem], saliency, map_names.get(stem, []))
+        if isinstance(pair, Fault):
+            faults.append(pair)
+        else:
+            pairs.append(Pair(stem, *pair))
+    return pairs, faults
+
+
 def scan(
     images: Path,
     saliency: Path | None,
@@ -382,43 +425,19 @@ def scan(
     """
     if workers is not None and workers < 1:
         raise UserError(f"workers: got {workers}, expected at least 1")
-    for flag, folder in (("--images", images), ("--saliency", saliency)):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{flag}: {shown(folder)} is {'not a folder' if folder.exists() else 'missing'}")
-    if saliency is not None and images.resolve() == saliency.resolve():
-        raise UserError(f"--images and --saliency are the same folder, {shown(images)}")
     classes = None if labels is None else read_labels(labels)
-
-    image_names = _walk(images, IMAGE_SUFFIXES, saliency)
-    if not image_names:
-        raise UserError(f"--images: {shown(images)} holds no .jpg, .jpeg or .png file")
-    map_names = {} if saliency is None else _walk(saliency, MAP_SUFFIXES, images)
-    if saliency is not None and not map_names.keys() & image_names.keys():
-        wanted = shown(min(image_names))
-        raise UserError(f"--saliency: {shown(saliency)} holds no map of any image, expected for example {wanted}.png")
-    orphans = map_names.keys() - image_names.keys()
-    if orphans:
-        _log.info("%d maps have no image, for example %s.png", len(orphans), shown(min(orphans)))
-    if classes is not None and not classes.keys() & image_names.keys():
+    pairs, faults = find_pairs(images, saliency)
+    if classes is not None and pairs and not any(pair.stem in classes for pair in pairs):
         raise UserError(
             f"{shown(labels or '')} names no image: it has {shown(next(iter(classes), ''))!r}, "
-            f"the images have {shown(min(image_names))!r}"
+            f"the images have {shown(pairs[0].stem)!r}"
         )
-
-    faults: list[Fault] = []
-    pairs: list[tuple[str, _File, _File | None]] = []
-    for stem in sorted(image_names):
-        pair = _pair(images, image_names[stem], saliency, map_names.get(stem, []))
-        if isinstance(pair, Fault):
-            faults.append(pair)
-        else:
-            pairs.append((stem, *pair))
 
     roots = _roots(images, saliency)
     manifest = default_manifest(images, saliency) if manifest is None else manifest
     known = _read_manifest(manifest, roots)
     current: _Known = {"image": {}, "map": {}}
-    jobs: list[tuple[str, _File]] = []
+    jobs: list[tuple[str, FoundFile]] = []
     for _, image, map_file in pairs:
         for kind, file in (("image", image), ("map", map_file)):
             if file is None:
@@ -472,7 +491,7 @@ def _merged(known: _Known, current: _Known) -> _Known:
 
 def _pair(
     images: Path, image_names: list[str], saliency: Path | None, map_names: list[str]
-) -> tuple[_File, _File | None] | Fault:
+) -> tuple[FoundFile, FoundFile | None] | Fault:
     """One image and one map from the candidates of a stem."""
     for root, names in ((images, image_names), (saliency, map_names)):
         if root is not None and len(names) > 1:
@@ -488,7 +507,7 @@ def _pair(
     return map_file if isinstance(map_file, Fault) else (image, map_file)
 
 
-def _judge(image: _File, reply: Reply, map_file: _File | None, map_reply: Reply | None) -> Fault | None:
+def _judge(image: FoundFile, reply: Reply, map_file: FoundFile | None, map_reply: Reply | None) -> Fault | None:
     """The fault of a decoded pair, if it has one."""
     if reply["kind"]:
         return Fault(image.path, reply["kind"], reply["message"])
@@ -497,17 +516,12 @@ def _judge(image: _File, reply: Reply, map_file: _File | None, map_reply: Reply 
     if map_reply["kind"]:
         return Fault(map_file.path, map_reply["kind"], map_reply["message"])
     width, height, map_width, map_height = reply["width"], reply["height"], map_reply["width"], map_reply["height"]
-    if map_width <= width and map_height <= height and _same_aspect(width, height, map_width, map_height):
+    if map_fits(width, height, map_width, map_height):
         return None
     message = f"map is {map_width}x{map_height}, its image {width}x{height}"
-    if reply["orientation"] >= 5 and _same_aspect(height, width, map_width, map_height):
+    if reply["orientation"] >= 5 and map_fits(height, width, map_width, map_height):
         message += "; the image has an EXIF rotation, which is not applied: the map must fit the stored pixels"
     return Fault(map_file.path, "size-mismatch", message)
-
-
-def _same_aspect(width: int, height: int, map_width: int, map_height: int) -> bool:
-    """Whether scaling one side of the image to the map leaves at most a pixel of difference on the other."""
-    return abs(map_width * height - map_height * width) <= max(width, height)
 
 
 def usable(dataset: Dataset, *, skip_invalid: bool, on_empty_saliency: str) -> Dataset:
