@@ -31,7 +31,8 @@ PHASES=(
   "ladder-64|150|300|throughput ladder at batch 64"
   "profile|90|200|torch.profiler: where the time of a step goes"
   "memory|90|300|the largest batch that fits, product against published-amp"
-  "loader|90|400|native crop operator, DALI loader, end to end"
+  "native|60|200|build and tests of the native crop operator, CUDA backend included"
+  "loader|90|400|DALI loader, end to end"
 )
 
 out="" dry_run=0 only=" " redo=" "
@@ -130,9 +131,13 @@ phase_memory() {
   echo "it does not; trying $batch"
   ladder "$1" $(($2 / 2)) "$batch" --variants kernels --repeats 1
 }
+phase_native() {
+  has nvidia.dali || { echo "DALI is not installed: no native operator"; return 77; }
+  "$python" kernels/cast_kernels/dali_plugin.py build --cuda on &&
+    CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_dali_plugin.py
+}
 phase_loader() {
   has nvidia.dali || { echo "DALI is not installed: no loader, no end-to-end line"; return 77; }
-  "$python" kernels/cast_kernels/dali_plugin.py build --optional
   "$python" benchmarks/loader.py --device cuda --out "$1/loader" || return
   ladder "$1" "$2" 256 --variants kernels,loader,end-to-end --repeats 3
 }
