@@ -584,8 +584,9 @@ def write_faults(path: Path, faults: tuple[Fault, ...]) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``cast-fast validate``."""
-    parser.add_argument("--images", type=Path, required=True, help="folder of images")
+    parser.add_argument("--images", type=Path, help="folder of images")
     parser.add_argument("--saliency", type=Path, help="folder of saliency maps; absent for images alone")
+    parser.add_argument("--data", type=Path, metavar="SHARDS", help="folder of shards, instead of the two")
     parser.add_argument("--labels", type=Path, help="CSV file stem,class")
     parser.add_argument("--out", type=Path, metavar="LIST", help="write the faults here, one JSON object a line")
     parser.add_argument("--workers", type=int, help="decoding processes; one for each CPU when absent")
@@ -594,17 +595,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Runs ``cast-fast validate``; returns 0 for a clean dataset, 1 for one with faults or empty maps."""
-    dataset = scan(
-        args.images,
-        args.saliency,
-        labels=args.labels,
-        workers=args.workers,
-        manifest=args.manifest,
-        progress=True,
-    )
-    faults = dataset.faults + dataset.empty_maps()
-    noun = "images" if args.saliency is None else "pairs"
-    print(f"{len(dataset)} intact {noun}, {dataset.decoded} files decoded now")
+    if (args.data is None) == (args.images is None) or (args.data is not None and args.saliency is not None):
+        raise UserError("expected one dataset: --images DIR (with --saliency DIR), or --data SHARDS")
+    if args.data is not None:
+        from cast_fast.data import shards  # which reads what this module defines
+
+        dataset = shards.scan_shards(args.data, labels=args.labels)
+        faults = (*shards.verify(args.data), *dataset.empty_maps())
+        print(f"{len(dataset)} pairs in shards, which were decoded when they were packed; contents compared by SHA-256")
+    else:
+        dataset = scan(
+            args.images,
+            args.saliency,
+            labels=args.labels,
+            workers=args.workers,
+            manifest=args.manifest,
+            progress=True,
+        )
+        faults = dataset.faults + dataset.empty_maps()
+        noun = "images" if args.saliency is None else "pairs"
+        print(f"{len(dataset)} intact {noun}, {dataset.decoded} files decoded now")
     if dataset.samples:
         short = [min(sample.width, sample.height) for sample in dataset.samples]
         print(f"shorter side: {min(short)} to {max(short)} pixels, median {sorted(short)[len(short) // 2]}")

@@ -1,0 +1,534 @@
+"""Pack a folder dataset into shards: ``cast-fast prepare IMAGES SALIENCY OUT``.
+
+Every image and map is decoded completely on the way, in processes of their own; what is faulty stays out and is named
+in ``OUT/manifest.json`` with the reason. See ``pack_sample`` for what is stored of a sample and ``shards`` for the
+files. The samples are dealt to shards in the order of a hash of their stems, so that a reader that streams shards sees
+classes mixed; the same files and settings give the same bytes, whatever the number of workers.
+
+A shard is complete or absent: the tar file, its index for DALI and our index are written under other names, flushed and
+renamed, ours last. A second run of the same command keeps complete shards whose files have not changed and writes the
+others. Names in the shards are made from paths below the roots that were found by listing them, never from the content
+of a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import queue
+import subprocess
+import tarfile
+from collections import Counter, deque
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import cv2
+import numpy as np
+import PIL
+
+from cast_fast import __version__
+from cast_fast.data import shards
+from cast_fast.data.decode_check import start_child
+from cast_fast.data.layout import Fault, Pair, find_pairs, read_labels, shown
+from cast_fast.data.pack_sample import MAP_FORMATS, MAP_QUALITY, Packed, PackRule, SampleFault, read_answer, request
+from cast_fast.data.progress import show_progress
+from cast_fast.errors import UserError
+
+HELP = "pack images and maps into WebDataset shards"
+
+SHARD_SAMPLES = 2000
+SOURCE_FILE = "saliency.json"
+"""In a folder of maps: where they came from, written by ``cast-fast saliency``."""
+
+_BLOCK = 512
+_log = logging.getLogger("cast_fast")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run of `prepare` left in the folder."""
+
+    out: Path
+    samples: int
+    shards: int
+    bytes: int
+    kept: int
+    """Shards that an earlier run had completed."""
+    empty: int
+    """Samples whose map holds no salient pixel."""
+    changes: dict[str, int]
+    """Samples by what was converted, see ``pack_sample.Packed``."""
+    rejects: tuple[Fault, ...]
+
+
+def prepare(
+    images: Path,
+    saliency: Path,
+    out: Path,
+    *,
+    rule: PackRule,
+    labels: Path | None = None,
+    shard_samples: int = SHARD_SAMPLES,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Summary:
+    """Packs a folder dataset; goes on where an earlier run with the same settings stopped.
+
+    Args:
+        images, saliency: folders as in ``layout.scan``.
+        out: folder for the shards, made if absent.
+        rule: what is stored of a sample.
+        labels: CSV file ``stem,class``; becomes ``KEY.cls``, the number of the class in the manifest's ``classes``.
+        shard_samples: candidates in a shard; rejected ones leave it smaller.
+        workers: decoding processes; None takes one for each CPU that this process may use.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: a folder or the labels are faulty; ``out`` holds something else, other settings, or is in use; the
+            disk is full; nothing could be packed.
+    """
+    if shard_samples < 1:
+        raise UserError(f"--shard-samples: got {shard_samples}, expected at least 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers: got {workers}, expected at least 1")
+    classes = None if labels is None else read_labels(labels)
+    pairs, faults = find_pairs(images, saliency)
+    if classes is not None and pairs and not any(pair.stem in classes for pair in pairs):
+        raise UserError(f"{shown(labels or '')} names no image, for example not {shown(pairs[0].stem)!r}")
+    settings: dict[str, Any] = {
+        "maps": {"side": rule.map_side, "format": rule.map_format},
+        "images": {"short_side": rule.short_side, "quality": rule.quality if rule.short_side else None},
+        "shard_samples": shard_samples,
+    }
+    if rule.map_format == "jpeg":
+        settings["maps"]["quality"] = MAP_QUALITY
+    manifest: dict[str, Any] = {
+        "version": shards.VERSION,
+        "complete": False,
+        "settings": settings,
+        "classes": sorted(set(classes.values())) if classes else None,
+        "source": {"images": str(images), "saliency": str(saliency), "maps": _map_source(saliency)},
+        "tools": {
+            "cast_fast": __version__,
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            "opencv": cv2.__version__,
+            "pillow": PIL.__version__,
+        },
+    }
+    try:
+        with _claimed(out, settings):
+            _write(out / shards.MANIFEST, _json(manifest))
+            return _fill(out, manifest, pairs, faults, classes or {}, rule, workers, progress)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason = "no space left; the shards that are complete stay, run the same command again to go on"
+            raise UserError(f"cannot write to {shown(out)}: {reason}") from error
+        raise UserError(f"cannot write {shown(error.filename or out)}: {error.strerror or error}") from error
+
+
+def _map_source(saliency: Path) -> dict[str, Any]:
+    """What ``cast-fast saliency`` wrote beside the maps; ``method`` unknown where it did not."""
+    path = saliency / SOURCE_FILE
+    try:
+        source = json.loads(path.read_bytes())
+        if not isinstance(source, dict):
+            raise ValueError("it holds no JSON object")
+    except FileNotFoundError:
+        return {"method": "unknown", "supervised": None}
+    except OSError as error:
+        raise UserError(f"cannot read {shown(path)}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{shown(path)}: expected where the maps come from as JSON: {error}") from error
+    return source
+
+
+@contextlib.contextmanager
+def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+    """Holds the folder for this process; removes what a killed run left half-written."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{shown(out)} is not a folder")
+    out.mkdir(parents=True, exist_ok=True)
+    known = out / shards.MANIFEST
+    if not known.exists() and any(not name.startswith(".prepare") for name in os.listdir(out)):
+        raise UserError(f"{shown(out)} is not empty and has no {shards.MANIFEST}: expected a new folder")
+    with (out / ".prepare.lock").open("wb") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{shown(out)} is in use by another cast-fast prepare") from None
+        if known.exists():
+            _require_same_settings(known, settings)
+        for part in out.glob(".prepare-*.part"):
+            part.unlink()
+        yield
+
+
+def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
+    try:
+        earlier = json.loads(path.read_bytes())["settings"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{shown(path)} is damaged: delete the folder, or choose another one") from None
+    if earlier != settings:
+        raise UserError(
+            f"{shown(path.parent)} holds shards with other settings: {json.dumps(earlier)} then, "
+            f"{json.dumps(settings)} now; choose another folder, or delete it"
+        )
+
+
+def _fill(
+    out: Path,
+    manifest: dict[str, Any],
+    pairs: list[Pair],
+    faults: list[Fault],
+    classes: dict[str, str],
+    rule: PackRule,
+    workers: int | None,
+    progress: bool,
+) -> Summary:
+    numbers: dict[str, int] = {label: number for number, label in enumerate(manifest["classes"] or ())}
+    pairs = sorted(pairs, key=lambda pair: hashlib.sha256(os.fsencode(pair.stem)).digest())
+    size = manifest["settings"]["shard_samples"]
+    groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+    plans = [_plan(group, rule, classes, manifest["classes"]) for group in groups]
+    names = [f"shard-{number:06d}" for number in range(len(groups))]
+    complete = [_is_complete(out, name, plan) for name, plan in zip(names, plans)]
+    _remove_surplus(out, set(names))
+    todo = [pair for group, done in zip(groups, complete) if not done for pair in group]
+    if any(complete):
+        _log.info("%d of %d shards are complete already", sum(complete), len(names))
+    with contextlib.closing(_packed(todo, rule, workers or len(os.sched_getaffinity(0)))) as results:
+        stream = iter(show_progress(results, "Packing", len(todo), progress))
+        for number, (name, plan, group, done) in enumerate(zip(names, plans, groups, complete)):
+            if not done:
+                labelled = [classes.get(pair.stem) for pair in group]
+                _write_shard(out, name, plan, group, labelled, numbers, itertools.islice(stream, len(group)))
+                _log.info("shard %d of %d is complete", number + 1, len(names))
+        for _ in stream:  # lets the bar reach its end
+            raise AssertionError("more results than samples")
+    return _finish(out, manifest, names, faults, sum(complete))
+
+
+def _plan(group: list[Pair], rule: PackRule, classes: dict[str, str], names: list[str] | None) -> str:
+    """A hash of everything that a shard's content depends on, as far as it can be told without reading the files."""
+    rows = []
+    for stem, image, saliency in group:
+        assert saliency is not None
+        rows.append((stem, image[1:], saliency[1:], classes.get(stem)))
+    content = json.dumps((shards.VERSION, __version__, asdict(rule), names, rows))
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _is_complete(out: Path, name: str, plan: str) -> bool:
+    try:
+        index = json.loads((out / f"{name}.json").read_bytes())
+        if index["plan"] != plan:
+            return False
+        if not index["samples"]:
+            return True
+        return (out / f"{name}.idx").is_file() and (out / f"{name}.tar").stat().st_size == index["bytes"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return False
+
+
+def _remove_surplus(out: Path, names: set[str]) -> None:
+    """Removes shards beyond the last one, left from a time when there were more images."""
+    for path in out.iterdir():
+        ours = shards.SHARD_NAME.fullmatch(path.stem) and path.suffix in (".tar", ".idx", ".json")
+        if ours and path.stem not in names:
+            path.unlink()
+
+
+class _Packer:
+    """A process that packs samples one after another; started when first used, and again after a crash."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answered = False
+
+    def pack(self, pair: Pair, rule: PackRule) -> Packed | SampleFault:
+        assert pair.saliency is not None
+        if self._process is None:
+            self._process = start_child("cast_fast.data.pack_sample")
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(request(str(pair.image.path), str(pair.saliency.path), rule))
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if line.endswith(b"\n"):
+                self._answered = True
+                return read_answer(line, process.stdout.read)
+        except (BrokenPipeError, EOFError):
+            pass
+        code = process.wait()
+        self._process = None
+        if not self._answered:
+            raise RuntimeError(f"the packing process ended with code {code} before its first answer")
+        return SampleFault("image", "decoder-crash", f"a decoder crashed on it or on its map (code {code})")
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    pipe.close()
+
+
+def _packed(pairs: Sequence[Pair], rule: PackRule, workers: int) -> Generator[Packed | SampleFault, None, None]:
+    """Results in the order of the pairs, made by ``workers`` processes a bounded stretch ahead."""
+    workers = max(1, min(workers, len(pairs)))
+    packers = [_Packer() for _ in range(workers)]
+    free: queue.SimpleQueue[_Packer] = queue.SimpleQueue()
+    for packer in packers:
+        free.put(packer)
+
+    def work(pair: Pair) -> Packed | SampleFault:
+        packer = free.get()
+        try:
+            return packer.pack(pair, rule)
+        finally:
+            free.put(packer)
+
+    pool = ThreadPoolExecutor(workers)
+    pending: deque[Future[Packed | SampleFault]] = deque()
+    try:
+        for pair in pairs:
+            pending.append(pool.submit(work, pair))
+            if len(pending) > 4 * workers:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        for packer in packers:
+            packer.close()
+
+
+class _TarWriter:
+    """Writes members with fixed times and owners, so that equal content gives equal bytes, and hashes on the way."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._digest = hashlib.sha256()
+        self.bytes = 0
+
+    def add(self, name: str, content: bytes) -> int:
+        """Appends a member; returns where its content begins."""
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        # PAX: an extra header for a name that is too long for a plain one, and nothing otherwise
+        self._append(member.tobuf(tarfile.PAX_FORMAT))
+        offset = self.bytes
+        self._append(content)
+        self._append(bytes(-len(content) % _BLOCK))
+        return offset
+
+    def finish(self) -> str:
+        """Ends the archive, flushes it to the disk and returns its SHA-256."""
+        self._append(bytes(2 * _BLOCK))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._digest.hexdigest()
+
+    def _append(self, content: bytes) -> None:
+        self._file.write(content)
+        self._digest.update(content)
+        self.bytes += len(content)
+
+
+def _write_shard(
+    out: Path,
+    name: str,
+    plan: str,
+    group: list[Pair],
+    labels: list[str | None],
+    numbers: dict[str, int],
+    results: Iterable[Packed | SampleFault],
+) -> None:
+    """Writes the three files of a shard, our index last; a shard without samples has only that."""
+    rows: list[Any] = []
+    lines: list[str] = []
+    rejects: list[dict[str, str]] = []
+    changes: Counter[str] = Counter()
+    part = out / f".prepare-{name}.part"
+    try:
+        with part.open("wb") as file:
+            writer = _TarWriter(file)
+            for pair, label, result in zip(group, labels, results, strict=True):
+                if isinstance(result, SampleFault):
+                    rejects.append(_reject(pair, result))
+                    continue
+                row, line = _add_sample(writer, pair.stem, label, numbers, result)
+                rows.append(row)
+                lines.append(line)
+                changes.update(result.changes)
+            digest = writer.finish()
+        tar = out / f"{name}.tar"
+        (out / f"{name}.json").unlink(missing_ok=True)  # from here on the shard counts as incomplete
+        if rows:
+            os.replace(part, tar)
+            _write(out / f"{name}.idx", (f"v1.2 {len(lines)}\n" + "".join(lines)).encode())
+        else:
+            tar.unlink(missing_ok=True)
+            (out / f"{name}.idx").unlink(missing_ok=True)
+    finally:
+        part.unlink(missing_ok=True)
+    index = {
+        "version": shards.VERSION,
+        "plan": plan,
+        "bytes": writer.bytes if rows else 0,
+        "sha256": digest if rows else None,
+        "columns": ["stem", ["suffix", "offset", "size", "width", "height"], "the same of the map", "empty", "class"],
+        "samples": rows,
+        "changes": dict(sorted(changes.items())),
+        "rejects": rejects,
+    }
+    _write(out / f"{name}.json", _json(index))
+
+
+def _add_sample(
+    writer: _TarWriter, stem: str, label: str | None, numbers: dict[str, int], packed: Packed
+) -> tuple[list[Any], str]:
+    """Appends a sample; returns its row of our index and its line of DALI's."""
+    key, stored = shards.key_of(stem), packed.saliency
+    members = [(packed.suffix, packed.image), (f"saliency.{stored.suffix}", stored.content)]
+    if label is not None:
+        members.append(("cls", str(numbers[label]).encode()))
+    places = [(suffix, writer.add(f"{key}.{suffix}", content), len(content)) for suffix, content in members]
+    line = " ".join(f"{suffix} {offset} {size} {key}.{suffix}" for suffix, offset, size in places)
+    image = shards.Entry(*places[0], packed.width, packed.height)
+    saliency = shards.Entry(*places[1], stored.width, stored.height)
+    return [stem, image, saliency, stored.empty, label], line + "\n"
+
+
+def _reject(pair: Pair, fault: SampleFault) -> dict[str, str]:
+    file = pair.image if fault.part == "image" else pair.saliency
+    assert file is not None
+    return {"part": fault.part, "path": file.name, "kind": fault.kind, "message": str(fault)}
+
+
+def _finish(out: Path, manifest: dict[str, Any], names: list[str], faults: list[Fault], kept: int) -> Summary:
+    """Gathers the shards' indices into the manifest."""
+    records: list[dict[str, Any]] = []
+    changes: Counter[str] = Counter()
+    images, saliency = Path(manifest["source"]["images"]), Path(manifest["source"]["saliency"])
+    rejects = list(faults)
+    empty = 0
+    for name in names:
+        content = (out / f"{name}.json").read_bytes()
+        index = json.loads(content)
+        record = {"name": name, "samples": len(index["samples"]), "bytes": index["bytes"], "sha256": index["sha256"]}
+        records.append(record | {"index_sha256": hashlib.sha256(content).hexdigest()})
+        changes.update(index["changes"])
+        empty += sum(row[3] for row in index["samples"])
+        for reject in index["rejects"]:
+            root = images if reject["part"] == "image" else saliency
+            rejects.append(Fault(root / reject["path"], reject["kind"], reject["message"]))
+    rejects.sort(key=lambda fault: str(fault.path))
+    samples = sum(record["samples"] for record in records)
+    summary = Summary(
+        out=out,
+        samples=samples,
+        shards=sum(record["samples"] > 0 for record in records),
+        bytes=sum(record["bytes"] for record in records),
+        kept=kept,
+        empty=empty,
+        changes=dict(sorted(changes.items())),
+        rejects=tuple(rejects),
+    )
+    manifest["counts"] = {
+        "candidates": samples + len(rejects),
+        "packed": samples,
+        "rejected": dict(sorted(Counter(fault.kind for fault in rejects).items())),
+        "empty_maps": empty,
+        "changed": summary.changes,
+    }
+    manifest["rejects"] = [{"path": str(f.path), "kind": f.kind, "message": f.message} for f in rejects]
+    manifest["shards"] = records
+    if not samples:
+        raise UserError(f"no sample could be packed, {len(rejects)} were rejected: for example {rejects[0]}")
+    manifest["complete"] = True
+    manifest["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    _write(out / shards.MANIFEST, _json(manifest))
+    return summary
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode() if "settings" in content else json.dumps(content).encode()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all, and to the disk before it has its name."""
+    part = path.with_name(f".prepare-{path.name}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of ``cast-fast prepare``."""
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
+    parser.add_argument("saliency", type=Path, metavar="SALIENCY", help="folder of saliency maps")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; run again to go on")
+    parser.add_argument("--labels", type=Path, metavar="CSV", help="file with columns stem,class")
+    parser.add_argument(
+        "--short-side", type=int, default=0, help="shrink larger images to this side; 0 keeps all bytes"
+    )
+    parser.add_argument("--quality", type=int, default=PackRule.quality, help="of the JPEGs that --short-side makes")
+    parser.add_argument("--map-side", type=int, default=PackRule.map_side, help="longest side of a map; 0 keeps it")
+    parser.add_argument("--map-format", choices=tuple(MAP_FORMATS), default=PackRule.map_format, help="of stored maps")
+    parser.add_argument("--shard-samples", type=int, default=SHARD_SAMPLES, help="samples a shard")
+    parser.add_argument("--workers", type=int, help="decoding processes; one for each CPU when absent")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs ``cast-fast prepare``; returns 0 also where files were rejected, which it counts and names."""
+    try:
+        rule = PackRule(args.map_side, args.map_format, args.short_side, args.quality)
+    except ValueError as error:
+        raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
+    summary = prepare(
+        args.images,
+        args.saliency,
+        args.out,
+        rule=rule,
+        labels=args.labels,
+        shard_samples=args.shard_samples,
+        workers=args.workers,
+        progress=True,
+    )
+    kept = f", {summary.kept} of them from an earlier run" if summary.kept else ""
+    size = summary.bytes / 1e6
+    print(f"{summary.samples} samples in {summary.shards} shards ({size:.1f} MB){kept}: {shown(summary.out)}")
+    for change, count in summary.changes.items():
+        print(f"{change}: {count}")
+    if summary.empty:
+        print(f"empty maps: {summary.empty}")
+    for kind, count in sorted(Counter(fault.kind for fault in summary.rejects).items()):
+        first = next(fault for fault in summary.rejects if fault.kind == kind)
+        print(f"rejected, {kind}: {count}, for example {first}")
+    return 0
