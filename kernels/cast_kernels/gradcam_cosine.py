@@ -36,6 +36,9 @@ and for so few samples that a GPU cannot be filled (one program a sample). Beyon
 no longer fits in registers, and A is read twice.
 """
 
+# Triton's language is typed for its own compiler, not for a type checker.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import logging

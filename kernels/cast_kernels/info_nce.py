@@ -36,6 +36,9 @@ The reference wins in float64 (CPU only), for D > 512, where a gradient to the q
 and for queues of a few thousand keys, where the launches are the time.
 """
 
+# Triton's language is typed for its own compiler, not for a type checker.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
+
 from __future__ import annotations
 
 import math
@@ -352,7 +355,7 @@ def _operator_cpu(
     with torch.autocast("cpu", enabled=False):
         partials = reference.info_nce_partials(query, key, queue, temperature)
         terms = reference.info_nce_terms(query, key, partials, temperature, queue.dtype)
-    return *terms, partials.beaten
+    return terms.loss, terms.query_gradient, terms.negative_probability, partials.beaten
 
 
 @_operator.register_fake
@@ -413,7 +416,8 @@ def _partials_operator_cpu(
     query: Tensor, key: Tensor, queue: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with torch.autocast("cpu", enabled=False):
-        return tuple(reference.info_nce_partials(query, key, queue, temperature))
+        total, weighted, beaten, maximum = reference.info_nce_partials(query, key, queue, temperature)
+    return total, weighted, beaten, maximum
 
 
 @_partials_operator.register_fake
