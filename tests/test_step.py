@@ -45,6 +45,15 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
+@pytest.fixture(autouse=True)
+def full_float32() -> Iterator[None]:
+    """Variants are compared in float32: on a GPU convolutions must not round to TF32."""
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
+
+
 def batch_of(seed: int, device: torch.device | str = "cpu", attention: bool = True) -> Batch:
     return random_batch(COUNT, SIZE, (GRID, GRID), device, seed=seed, attention=attention)
 
