@@ -50,7 +50,8 @@ GOALS = {"windows": 4.0}
 """Windows by the native operator against NumPy's, in CPU time."""
 
 TURN = 4
-"""Batches in one timed turn; as many untimed ones before it bring the line's queue to its steady state."""
+"""Batches in one timed turn. Before it the lines that ran earlier are left to fill their queues, lest their CPU time be
+counted here, and as many untimed batches bring the line's own queue to its steady state."""
 _SEED = 0
 
 
@@ -478,12 +479,27 @@ def tree_cpu() -> float:
     return total
 
 
-def _logged(lines: dict[str, harness.Line], log: dict[str, list[float]], images: int) -> dict[str, harness.Line]:
-    """The same lines, which also append the CPU seconds an image of each turn to ``log``."""
+def wait_until_idle(limit: float = 30) -> None:
+    """Returns once this process tree spends less than a tenth of a core, or after ``limit`` seconds."""
+    deadline = time.monotonic() + limit
+    while time.monotonic() < deadline:
+        before = tree_cpu()
+        time.sleep(0.2)
+        if tree_cpu() - before < 0.02:
+            return
+
+
+def _logged(
+    lines: dict[str, harness.Line],
+    running: dict[str, Callable[[], object]],
+    log: dict[str, list[float]],
+    images: int,
+) -> dict[str, harness.Line]:
+    """The same lines, which leave what they built in ``running`` and append the CPU seconds an image to ``log``."""
 
     def wrap(name: str, line: harness.Line) -> harness.Line:
         def build() -> Callable[[], object]:
-            run = line()
+            run = running[name] = line()
             log[name] = []
 
             def turn() -> None:
@@ -501,6 +517,7 @@ def _logged(lines: dict[str, harness.Line], log: dict[str, list[float]], images:
 def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
     """Measures all lines in one run, adds the records, and returns the outcomes; CPU times are under "cpu NAME"."""
     images = TURN * plan.batch
+    running: dict[str, Callable[[], object]] = {}
     turns: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
     lines = rate_lines(plan)
@@ -509,9 +526,15 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
         lines |= stage_lines(plan)
     outcomes: dict[str, harness.Outcome] = {}
 
+    def prepare(name: str) -> Callable[[], object]:
+        def ready() -> None:
+            wait_until_idle()
+            running[name]()
+
+        return ready
+
     def on_sample(name: str, repeat: int, seconds: Any) -> None:
         results.sample(name, repeat, seconds)
-        # The last of the turn's calls is the timed one; the one before it brought the queue to its steady state.
         cpu.setdefault(name, []).append(turns[name][-1])
 
     def on_line(name: str, outcome: harness.Outcome) -> None:
@@ -532,12 +555,12 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
         return measurement
 
     harness.interleave(
-        _logged(lines, turns, images),
+        _logged(lines, running, turns, images),
         # The host's clock: a turn ends with a synchronisation, and CUDA events would miss the host's share.
         device=torch.device("cpu"),
         repeats=plan.repeats,
         warmup=1,
-        settle=1,
+        prepare={name: prepare(name) for name in lines},
         on_built=lambda name, seconds: say(f"{name}: ready after {seconds:.1f} s"),
         on_sample=on_sample,
         on_line=on_line,
