@@ -135,6 +135,8 @@ class PretrainConfig:
     """The eager step is slower and computes the same."""
     kernels: str = option("auto", "fused loss kernels or plain torch", choices=("auto", "triton", "torch"))
     """``auto`` takes Triton on CUDA."""
+    apex: str = option("off", "NVIDIA apex's fused SGD, after a parity probe", choices=("auto", "on", "off"))
+    """``off`` is torch's fused SGD; ``auto`` takes apex's where it is installed and passes, ``on`` insists on it."""
     loader_threads: int = option(0, "CPU threads of the loader; 0 for the available cores", resumable=True)
     """DALI's threads; crops and order do not depend on it."""
     max_nonfinite: int = option(10, "non-finite steps in a row before the run stops", resumable=True)

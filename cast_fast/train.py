@@ -45,6 +45,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from cast_fast import checkpoint, distributed
+from cast_fast.accelerators import build_sgd
 from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args, differing_fields, flag
 from cast_fast.data import layout, sampling
 from cast_fast.data.batch import Batch
@@ -54,7 +55,7 @@ from cast_fast.errors import UserError
 from cast_fast.metrics import STEP_SCALARS, CsvLog, Metrics, Reading
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
-from cast_fast.optim import build_optimizer, cosine_lr
+from cast_fast.optim import cosine_lr
 from cast_fast.step import TrainStep, compile_fault
 
 if TYPE_CHECKING:
@@ -152,8 +153,10 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
 
         _seed_everything(config.seed)
         model = MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed).to(device)
-        optimizer = build_optimizer(model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay)
-        trainer = _Trainer(config, device, kernels, dataset, model, optimizer, total, saved)
+        optimizer, chosen = build_sgd(
+            model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay, apex=config.apex
+        )
+        trainer = _Trainer(config, device, kernels, dataset, model, optimizer, chosen, total, saved)
         del saved  # a copy of the whole state
         trainer.require_space()
         if not locked:
@@ -303,6 +306,7 @@ class _Trainer:
         dataset: layout.Dataset,
         model: MoCo,
         optimizer: torch.optim.Optimizer,
+        optimizer_record: str,
         total_steps: int,
         saved: checkpoint.Checkpoint | None,
     ) -> None:
@@ -310,6 +314,7 @@ class _Trainer:
         self.config, self.device, self.kernels, self.dataset = config, device, kernels, dataset
         self.run = config.out
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
+        self.optimizer_record = optimizer_record
         self.first_step = self.step = 0
         self.saved_step: int | None = None
         self.fingerprint = dataset.fingerprint()
@@ -381,11 +386,12 @@ class _Trainer:
             "precision": str(train_step.dtype).removeprefix("torch."),
             "compiled": self.compiled,
             "kernels": "triton" if train_step.kernels else "torch",
+            "optimizer": self.optimizer_record,
             "native_crops": loader.native,
             "versions": checkpoint.versions(),
         }
         for before in content["starts"][-1:]:
-            for name in ("device", "threads", "precision", "compiled", "kernels"):
+            for name in ("device", "threads", "precision", "compiled", "kernels", "optimizer"):
                 if before.get(name) != start[name]:
                     logger.warning(
                         "%s changed from %s to %s: last bits may differ", name, before.get(name), start[name]
