@@ -21,8 +21,13 @@ from cast_fast.errors import UserError
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo-data": ("cast_fast.data.synthetic", "write a dataset of made scenes with saliency maps and labels"),
     "validate": ("cast_fast.data.layout", "decode every image and map of a dataset and list the faults"),
+    "prepare": ("cast_fast.data.prepare", "pack images and maps into WebDataset shards"),
+    "saliency": ("cast_fast.data.saliency_maps", "make saliency maps of images"),
+    "crops": ("cast_fast.evaluate.crops", "draw constrained beside unconstrained crops, and measure what pairs share"),
     "pretrain": ("cast_fast.train", "pretrain an encoder (also under torchrun)"),
+    "grounding": ("cast_fast.evaluate.grounding", "show and measure where encoders look when they match two crops"),
     "probe": ("cast_fast.evaluate.probe", "classify with frozen features (kNN, linear) or by finetuning"),
+    "downstream": ("cast_fast.evaluate.downstream", "compare where two classifiers look when one is right"),
     "backgrounds": (
         "cast_fast.evaluate.backgrounds",
         "measure classifiers on changed backgrounds (Backgrounds Challenge)",

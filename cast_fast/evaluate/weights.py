@@ -29,10 +29,7 @@ from torch import Tensor, nn
 from cast_fast import checkpoint
 from cast_fast.encoder import Encoder, LinearHead, MLPHead, architectures, build_trunk
 from cast_fast.errors import UserError
-
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
-"""Channel means and deviations of ImageNet, RGB in [0, 1]: what every trunk here expects as its input's scale."""
+from cast_fast.step import IMAGE_MEAN, IMAGE_STD
 
 _FIRST = "conv1.weight"
 _QUERY_PREFIXES = ("query.trunk.", "encoder_q.", "trunk.", "backbone.", "encoder.", "model.", "")
@@ -111,8 +108,8 @@ class Model:
 def normalise(images: Tensor) -> Tensor:
     """uint8 RGB (N, 3, H, W) → float32 with ImageNet's mean taken off and its deviation divided out."""
     shape = (1, 3, 1, 1)
-    mean = torch.tensor(MEAN, device=images.device).view(shape)
-    std = torch.tensor(STD, device=images.device).view(shape)
+    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(shape)
+    std = torch.tensor(IMAGE_STD, device=images.device).view(shape)
     return (images.float() / 255 - mean) / std
 
 
