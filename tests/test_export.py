@@ -239,7 +239,7 @@ class Payload:
 def test_files_that_would_run_code_are_refused(tmp_path):
     payload = Payload(tmp_path / "ran")
     torch.save({"state_dict": payload}, tmp_path / "evil.pth")
-    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(payload))
+    (tmp_path / "evil.pkl").write_bytes(pickle.dumps(payload, protocol=2))
     for name in ("evil.pth", "evil.pkl"):
         with pytest.raises(UserError, match=r"refused|cannot be read"):
             load_encoder(tmp_path / name)
