@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "prepare": ("cast_fast.data.prepare", "pack images and maps into WebDataset shards"),
     "saliency": ("cast_fast.data.saliency_maps", "make saliency maps of images"),
     "crops": ("cast_fast.evaluate.crops", "draw constrained beside unconstrained crops, and measure what pairs share"),
+    "doctor": ("cast_fast.doctor", "say what is installed, what will run where, and why"),
     "pretrain": ("cast_fast.train", "pretrain an encoder (also under torchrun)"),
     "grounding": ("cast_fast.evaluate.grounding", "show and measure where encoders look when they match two crops"),
     "probe": ("cast_fast.evaluate.probe", "classify with frozen features (kNN, linear) or by finetuning"),
