@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "crops": ("cast_fast.evaluate.crops", "draw constrained beside unconstrained crops, and measure what pairs share"),
     "doctor": ("cast_fast.doctor", "say what is installed, what will run where, and why"),
     "pretrain": ("cast_fast.train", "pretrain an encoder (also under torchrun)"),
+    "launch": ("cast_fast.launch", "write (and submit) a Slurm job that pretrains on one or many nodes"),
     "grounding": ("cast_fast.evaluate.grounding", "show and measure where encoders look when they match two crops"),
     "probe": ("cast_fast.evaluate.probe", "classify with frozen features (kNN, linear) or by finetuning"),
     "downstream": ("cast_fast.evaluate.downstream", "compare where two classifiers look when one is right"),
