@@ -307,7 +307,7 @@ def _windows(plan: Plan, native: bool) -> Any:
             lambda: maps, batch=True, no_copy=True, dtype=dl.types.UINT8, ndim=3, layout="HWC"
         )
         random = dl.fn.external_source(lambda: randoms, batch=True, no_copy=True, dtype=dl.types.FLOAT64, ndim=3)
-        return dl.constrained_windows(saliency, random, recipe)
+        return dl.crop_corners(saliency, random, recipe)
 
     return _built(windows, plan)
 

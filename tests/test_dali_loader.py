@@ -175,15 +175,15 @@ def test_the_native_operator_changes_nothing(dataset: Dataset, caplog: pytest.Lo
         pytest.skip(reason)
     caplog.set_level(logging.INFO, "cast_fast")
     augmentation = Augmentation(blur_p=0.5)
-    for rule in (CropRule(), CropRule(0.7, "independent")):
+    for changes in ({}, {"rule": CropRule(0.7, "independent")}, {"constrained": False}):
         native, plain = (
-            _loader(dataset, native=wanted, rule=rule, augmentation=augmentation) for wanted in (None, False)
+            _loader(dataset, native=wanted, augmentation=augmentation, **changes) for wanted in (None, False)
         )
         assert (native.native, plain.native) == (True, False)
         for _ in range(4):
             assert _same(next(native), next(plain))
     said = [record.getMessage() for record in caplog.records if "crop windows" in record.getMessage()]
-    assert said == ["crop windows by the native operator", "crop windows by NumPy, as asked"] * 2
+    assert said == ["crop windows by the native operator", "crop windows by NumPy, as asked"] * 3
 
 
 def test_a_missing_operator_is_said_once(
@@ -482,6 +482,7 @@ def test_parameters_stay_in_their_ranges(
     assert np.abs(views.hue).max() <= np.float32(360 * hue)
     untouched = (views.brightness == 1) & (views.contrast == 1) & (views.hue == 0)
     assert untouched[uniform[..., 1] >= jitter_p].all()
+    assert np.array_equal(views.changes_colour, ~(untouched & (views.saturation == 1)))
     assert (views.saturation[uniform[..., 6] < grey_p] == 0).all()
     blurred = views.blur_sigma > 0
     assert np.array_equal(blurred, uniform[..., 7] < blur_p)

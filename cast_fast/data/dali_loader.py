@@ -57,6 +57,8 @@ fn: Any = dali_fn
 _SAMPLES_PER_CELL = 16
 
 _REFERENCE_SIZE = 224
+VIEWS = ("query", "key")
+_COLOURS = ("brightness", "contrast", "saturation", "hue")
 _MAX_REPLACEMENTS = 100
 
 
@@ -74,6 +76,11 @@ class ViewParameters(NamedTuple):
     """Angle in degrees."""
     blur_sigma: NDArray[np.float32]
     """Standard deviation in pixels of the crop; 0 where the view is not blurred."""
+
+    @property
+    def changes_colour(self) -> NDArray[np.bool_]:
+        """(n, 2): whether any of the four colour changes does something."""
+        return (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1) | (self.hue != 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Augmentation:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What the pipeline's graph depends on."""
+    """What the pipeline's graph depends on; the loader's arguments of the same names."""
 
     size: int
     cam_grid: tuple[int, int]
@@ -157,12 +164,29 @@ class Recipe:
     def needs_maps(self) -> bool:
         return self.constrained or self.attention
 
+    def inputs(self) -> dict[str, tuple[Any, int]]:
+        """What the pipeline is fed, in order: name -> DALI type and number of dimensions of a sample."""
+        found: dict[str, tuple[Any, int]] = {"image": (types.UINT8, 1)}
+        if self.needs_maps:
+            found["saliency"] = (types.UINT8, 1)
+        if not self.constrained:
+            found["shape"] = (types.INT64, 1)
+        found["random"] = (types.FLOAT64, 3)
+        found["mirror"] = (types.FLOAT, 2)
+        for view in VIEWS:
+            if self.colour:
+                found |= {f"{view}_{name}": (types.FLOAT, 0) for name in _COLOURS}
+            if self.colour and not self.cuda:
+                found[f"{view}_changed"] = (types.BOOL, 0)
+            if self.blur:
+                found[f"{view}_blur_sigma"] = (types.FLOAT, 0)
+        if self.attention:
+            found["weight"] = (types.FLOAT, 0)
+        return found
+
 
 class Source:
-    """Feeds the pipeline: called with 0, 1, 2, … since it was built, gives the inputs of that step's batch.
-
-    The arrays' order is that of ``cast_pipeline``'s unpacking.
-    """
+    """Feeds the pipeline: called with 0, 1, 2, … since it was built, gives ``Recipe.inputs`` of that step's batch."""
 
     def __init__(
         self,
@@ -196,32 +220,21 @@ class Source:
         samples = [self.dataset.samples[index] for index in self.indices(step)]
         draws = sampling.draw(self.order.seed, self.order.at(step)[1])
         views = self.augmentation.parameters(draws.augment, self.recipe.size)
-        inputs: list[Any] = [[_encoded(sample.image) for sample in samples]]
+        values: dict[str, Any] = {
+            "image": [_encoded(sample.image) for sample in samples],
+            "random": draws.windows,
+            "mirror": _mirrors(views.mirrored),
+            "weight": np.array([not sample.empty for sample in samples], dtype=np.float32),
+        }
         if self.recipe.needs_maps:
-            inputs.append([_encoded(sample.saliency) for sample in samples])
-        if self.recipe.constrained:
-            inputs.append(draws.windows)
-        else:
-            sizes = [(sample.height, sample.width) for sample in samples]
-            windows = [unconstrained_windows(*size, random) for size, random in zip(sizes, draws.windows)]
-            inputs.append(np.stack([window.relative(*size) for window, size in zip(windows, sizes)]))
-        inputs.append(_mirrors(views.mirrored))
-        for column in (0, 1):
-            if self.recipe.colour:
-                inputs += [field[:, column] for field in views[1:5]]
-            if self.recipe.blur:
-                inputs.append(views.blur_sigma[:, column])
-        if self.recipe.attention:
-            inputs.append(np.array([not sample.empty for sample in samples], dtype=np.float32))
-        return [np.ascontiguousarray(value) if isinstance(value, np.ndarray) else value for value in inputs]
-
-    def signature(self) -> tuple[list[Any], list[int]]:
-        """DALI types and numbers of dimensions of the inputs."""
-        kinds: list[tuple[Any, int]] = [(types.UINT8, 1)] * (2 if self.recipe.needs_maps else 1)
-        kinds.append((types.FLOAT64, 3) if self.recipe.constrained else (types.FLOAT, 2))
-        kinds.append((types.FLOAT, 2))
-        kinds += [(types.FLOAT, 0)] * (2 * (4 * self.recipe.colour + self.recipe.blur) + self.recipe.attention)
-        return [kind for kind, _ in kinds], [ndim for _, ndim in kinds]
+            values["saliency"] = [_encoded(sample.saliency) for sample in samples]
+        if not self.recipe.constrained:
+            values["shape"] = np.array([(sample.height, sample.width, 3) for sample in samples], dtype=np.int64)
+        for column, view in enumerate(VIEWS):
+            values[f"{view}_changed"] = np.ascontiguousarray(views.changes_colour[:, column])
+            for name in (*_COLOURS, "blur_sigma"):
+                values[f"{view}_{name}"] = np.ascontiguousarray(getattr(views, name)[:, column])
+        return [values[name] for name in self.recipe.inputs()]
 
 
 def _encoded(path: os.PathLike[str] | None) -> NDArray[np.uint8]:
@@ -237,20 +250,20 @@ def _mirrors(mirrored: NDArray[np.bool_]) -> NDArray[np.float32]:
 
 
 class _NumpyWindows:
-    """The crop rule as DALI calls it from one of its threads: a batch of maps and random numbers to windows."""
+    """The crop rule as DALI calls it from one of its threads, for a whole batch."""
 
-    def __init__(self, rule: CropRule) -> None:
-        self.rule = rule
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
 
     def __call__(
-        self, maps: Sequence[NDArray[np.uint8]], randoms: Sequence[NDArray[np.float64]]
+        self, basis: Sequence[NDArray[Any]], randoms: Sequence[NDArray[np.float64]]
     ) -> tuple[list[NDArray[np.float32]], list[NDArray[np.uint8]]]:
         relative, fallback = [], []
-        for saliency, random in zip(maps, randoms):
-            height, width = saliency.shape[:2]
+        for values, random in zip(basis, randoms):
+            height, width = values.shape[:2] if self.recipe.constrained else values[:2].tolist()
             # The rule refuses an empty map; whether one may occur was settled when the dataset was checked.
-            if saliency.max() > THRESHOLD:
-                windows = crop_windows(saliency[..., 0], random, self.rule)
+            if self.recipe.constrained and values.max() > THRESHOLD:
+                windows = crop_windows(values[..., 0], random, self.recipe.rule)
             else:
                 windows = unconstrained_windows(height, width, random)
             relative.append(windows.relative(height, width))
@@ -271,29 +284,41 @@ def decoded_map(encoded: Any) -> Any:
 
 
 @do_not_convert  # DALI would rewrite the functions called here, down to the standard library
-def constrained_windows(saliency: Any, random: Any, recipe: Recipe) -> tuple[Any, Any]:
-    """Relative corners (2, 4) float32 and fallback flags (2,) uint8, both in CPU memory, as DALI nodes."""
+def crop_corners(basis: Any, random: Any, recipe: Recipe) -> tuple[Any, Any]:
+    """The windows of both views as DALI nodes on the CPU: relative corners (2, 4) float32, fallback flags (2,) uint8.
+
+    ``basis`` is what they are chosen on: the decoded map for constrained crops, else the shape of the image.
+    """
     if recipe.native:
         _, corners, fallback, _ = dali_plugin.saliency_crop(
-            saliency, random, phi=recipe.rule.phi, pair_constraint=recipe.rule.pair_constraint
+            basis,
+            random,
+            phi=recipe.rule.phi,
+            pair_constraint=recipe.rule.pair_constraint,
+            constrained=recipe.constrained,
         )
     else:
         corners, fallback = fn.python_function(
-            saliency, random, function=_NumpyWindows(recipe.rule), batch_processing=True, num_outputs=2
+            basis, random, function=_NumpyWindows(recipe), batch_processing=True, num_outputs=2
         )
     return corners, fallback
 
 
-def _view(image: Any, start: Any, end: Any, appearance: dict[str, Any], blur_sigma: Any, size: int) -> Any:
-    """One crop of the decoded image, (size, size, 3) uint8, as a DALI node."""
-    view = fn.resize(image, size=(size, size), roi_start=start, roi_end=end, roi_relative=True, antialias=True)
-    if appearance:
-        view = fn.color_twist(view, **appearance)
-    return view if blur_sigma is None else _blurred(view, blur_sigma)
+def _region(start: Any, end: Any) -> dict[str, Any]:
+    """Arguments of a resize of the window between two relative corners."""
+    return {"roi_start": start, "roi_end": end, "roi_relative": True, "antialias": True}
+
+
+def _twisted(view: Any, changed: Any, colour: dict[str, Any]) -> Any:
+    # DALI's conditional: only the samples of a branch pass its operators.
+    if changed:
+        result = fn.color_twist(view, **colour)
+    else:
+        result = view
+    return result
 
 
 def _blurred(view: Any, sigma: Any) -> Any:
-    # DALI's conditional: views that are not blurred skip the operator.
     if sigma > 0:
         result = fn.gaussian_blur(view, sigma=sigma)
     else:
@@ -307,11 +332,8 @@ def _salient_share(salient: Any, start: Any, end: Any, grid: tuple[int, int]) ->
     fine = fn.resize(
         salient,
         size=(rows * _SAMPLES_PER_CELL, columns * _SAMPLES_PER_CELL),
-        roi_start=start,
-        roi_end=end,
-        roi_relative=True,
-        antialias=True,
         dtype=types.FLOAT,
+        **_region(start, end),
     )
     cells = fn.reshape(fine, shape=(rows, _SAMPLES_PER_CELL, columns, _SAMPLES_PER_CELL), layout="")
     return fn.reductions.mean(fn.reductions.mean(cells, axes=3), axes=1)
@@ -325,45 +347,46 @@ def cast_pipeline(source: Source, recipe: Recipe) -> tuple[Any, ...]:
     attention the query's salient share (G_h, G_w) float32, the key mask (S, S, 1) uint8 and the CAST weight () float32;
     with constrained crops the fallback flags (2,) uint8 in CPU memory.
     """
-    kinds, ndims = source.signature()
-    inputs = iter(fn.external_source(source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=ndims))
-    image = decoded_image(fn.io.file.read(next(inputs)), recipe)
-    saliency: Any = None
-    if recipe.needs_maps:
-        saliency = decoded_map(fn.io.file.read(next(inputs)))
-    corners, fallback = next(inputs), None
-    if recipe.constrained:
-        corners, fallback = constrained_windows(saliency, corners, recipe)
+    kinds = recipe.inputs()
+    feed = fn.external_source(
+        source,
+        num_outputs=len(kinds),
+        batch=True,
+        dtype=[kind for kind, _ in kinds.values()],
+        ndim=[ndim for _, ndim in kinds.values()],
+    )
+    inputs = dict(zip(kinds, feed))
+    image = decoded_image(fn.io.file.read(inputs["image"]), recipe)
+    saliency: Any = decoded_map(fn.io.file.read(inputs["saliency"])) if recipe.needs_maps else None
+    basis = saliency if recipe.constrained else inputs["shape"]
+    corners, fallback = crop_corners(basis, inputs["random"], recipe)
 
-    near, far, mirror = corners[:, 0:2], corners[:, 2:4], next(inputs)
+    near, far, mirror = corners[:, 0:2], corners[:, 2:4], inputs["mirror"]
     start, end = near * (1 - mirror) + far * mirror, far * (1 - mirror) + near * mirror
-    views = []
-    for which in (0, 1):
-        appearance = {}
+    outputs = []
+    for which, name in enumerate(VIEWS):
+        view = fn.resize(image, size=(recipe.size, recipe.size), **_region(start[which], end[which]))
         if recipe.colour:
-            appearance = {name: next(inputs) for name in ("brightness", "contrast", "saturation", "hue")}
-        blur_sigma = next(inputs) if recipe.blur else None
-        views.append(_view(image, start[which], end[which], appearance, blur_sigma, recipe.size))
-    outputs = [*views]
+            colour = {argument: inputs[f"{name}_{argument}"] for argument in _COLOURS}
+            # On a CPU the operator costs as much as the resize, on a GPU less than parting a batch in two.
+            view = fn.color_twist(view, **colour) if recipe.cuda else _twisted(view, inputs[f"{name}_changed"], colour)
+        outputs.append(_blurred(view, inputs[f"{name}_blur_sigma"]) if recipe.blur else view)
 
     if recipe.attention:
-        salient = fn.cast(saliency > THRESHOLD, dtype=types.UINT8)
-        weight = next(inputs)
+        salient = fn.reinterpret(saliency > THRESHOLD, dtype=types.UINT8)
+        weight = inputs["weight"]
         if recipe.cuda:
             salient, weight = salient.gpu(), weight.gpu()
         outputs.append(_salient_share(salient, start[0], end[0], recipe.cam_grid))
         share = fn.resize(
             salient,
             size=(recipe.size, recipe.size),
-            roi_start=start[1],
-            roi_end=end[1],
-            roi_relative=True,
-            antialias=True,
             dtype=types.FLOAT,
+            **_region(start[1], end[1]),
         )
-        outputs.append(fn.cast(share > 0.5, dtype=types.UINT8))
+        outputs.append(fn.reinterpret(share > 0.5, dtype=types.UINT8))
         outputs.append(weight)
-    if fallback is not None:
+    if recipe.constrained:
         outputs.append(fallback)
     return tuple(outputs)
 
@@ -482,7 +505,7 @@ class DaliLoader:
             colour=augmentation.changes_colour,
             blur=augmentation.blur_p > 0,
             cuda=device == "cuda",
-            native=constrained and _choose_native(native),
+            native=_choose_native(native),
             hw_decoder_load=hw_decoder_load,
         )
         if self._recipe.needs_maps:
