@@ -192,6 +192,7 @@ def test_a_wrong_flag_is_one_line(
 
 
 def test_an_earlier_result_survives_a_wrong_flag(tmp_path: Path) -> None:
+    pytest.importorskip("nvidia.dali")
     run(tmp_path, "--variants", "closed-form")
     kept = (tmp_path / "results.jsonl").read_text()
     assert throughput.main([*TINY, "--device", "cpu", "--out", str(tmp_path), "--images", "x", "--saliency", "y"]) == 2
