@@ -56,7 +56,7 @@ TRUNK_UNITS = {
 DEFAULTS: dict[tuple[str, bool], dict[str, str | int]] = {
     ("cuda", False): {"arch": "resnet50", "batch": 256, "size": 224, "queue_size": 65_536},
     ("cuda", True): {"arch": "resnet18", "batch": 64, "size": 128, "queue_size": 4_096},
-    ("cpu", False): {"arch": "resnet50", "batch": 8, "size": 112, "queue_size": 65_536},
+    ("cpu", False): {"arch": "resnet50", "batch": 16, "size": 112, "queue_size": 65_536},
     ("cpu", True): {"arch": "resnet18", "batch": 16, "size": 64, "queue_size": 4_096},
 }
 """(device, --quick) -> what a flag that is not given means."""

@@ -51,7 +51,7 @@ TURN = 4
 """Batches in one timed turn of a loader line."""
 DRAIN = 3
 """Batches taken untimed before each turn: those that DALI has prefetched while another line ran would hide its rate."""
-CPU_SECONDS = 400.0
+CPU_SECONDS = 360.0
 """On a CPU no further round starts after this many seconds, so that a run without flags ends within eight minutes."""
 
 
