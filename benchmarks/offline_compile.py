@@ -212,7 +212,7 @@ def faults(case: Case, row: dict[str, Any]) -> list[str]:
     return found
 
 
-def measure(capabilities: Iterable[int] = tuple(MULTIPROCESSORS)) -> tuple[dict[str, Any], list[str]]:
+def measure(capabilities: Iterable[int]) -> tuple[dict[str, Any], list[str]]:
     """The table (case -> architecture -> launch and resources) and every fault found in it."""
     table: dict[str, Any] = {}
     found: list[str] = []
@@ -246,11 +246,14 @@ def differences(table: dict[str, Any], committed: dict[str, Any]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="store the table of this Triton version")
+    parser.add_argument("--capability", type=int, choices=tuple(MULTIPROCESSORS), help="this architecture alone")
     parser.add_argument("--check", action="store_true", help="fail on spills, narrow loads or a stale table")
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing; unset it")
-    table, found = measure()
+    if args.write and args.capability:
+        parser.error("--write stores all architectures: leave --capability out")
+    table, found = measure([args.capability] if args.capability else tuple(MULTIPROCESSORS))
     for name, rows in table.items():
         for column, row in rows.items():
             print(
@@ -264,7 +267,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.check:
         path = table_path()
         if path.exists():
-            found += differences(table, json.loads(path.read_text())["cases"])
+            committed = json.loads(path.read_text())["cases"]
+            if args.capability:
+                column = f"sm_{args.capability}"
+                committed = {name: {column: rows[column]} for name, rows in committed.items()}
+            found += differences(table, committed)
         else:
             print(f"no table for Triton {triton.__version__} ({path.name}): only spills and load widths are checked")
     for fault in found:
