@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from cast_fast.data import layout, sampling
-from cast_fast.data.dali_loader import Augmentation
 from cast_fast.data.synthetic import write_dataset
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+from cast_fast.data.dali_loader import Augmentation  # noqa: E402
 
 
 @pytest.fixture(scope="module")
