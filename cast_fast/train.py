@@ -10,6 +10,7 @@ disk space, in this order. A run folder holds::
     checkpoints/     see ``cast_fast.checkpoint``
     skipped.jsonl    files left out with --skip-invalid; only where there are any
     nonfinite.csv    steps with a non-finite loss or gradient and their samples; only where there are any
+    .lock            held by the process that trains here
 
 A run that stops, for whatever reason, goes on with ``--resume`` as if it had never stopped: on the CPU with the very
 same bits in every tensor and in metrics.csv. SIGINT, SIGTERM and SIGUSR1 end it after the current step with a whole
