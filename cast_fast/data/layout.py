@@ -365,8 +365,13 @@ def read_labels(path: Path) -> dict[str, str]:
     return labels
 
 
-def find_pairs(images: Path, saliency: Path | None) -> tuple[list[Pair], list[Fault]]:
+def find_pairs(images: Path, saliency: Path | None, *, leave_out: Path | None = None) -> tuple[list[Pair], list[Fault]]:
     """The pairs below two folders, in the order of their stems, and the images that have no partner or two.
+
+    Args:
+        images: folder of images.
+        saliency: folder of maps, which may lie inside ``images``; None for images alone.
+        leave_out: another folder inside ``images`` that holds no images.
 
     Raises:
         UserError: a folder is missing, cannot be listed or holds no image.
@@ -376,7 +381,8 @@ def find_pairs(images: Path, saliency: Path | None) -> tuple[list[Pair], list[Fa
             raise UserError(f"{flag}: {shown(folder)} is {'not a folder' if folder.exists() else 'missing'}")
     if saliency is not None and images.resolve() == saliency.resolve():
         raise UserError(f"--images and --saliency are the same folder, {shown(images)}")
-    image_names = _walk(images, IMAGE_SUFFIXES, saliency)
+    excluded = saliency if leave_out is None or not leave_out.is_dir() else leave_out
+    image_names = _walk(images, IMAGE_SUFFIXES, excluded)
     if not image_names:
         raise UserError(f"--images: {shown(images)} holds no .jpg, .jpeg or .png file")
     map_names = {} if saliency is None else _walk(saliency, MAP_SUFFIXES, images)
