@@ -58,6 +58,18 @@ GRID = (7, 7)
 MASK = 224
 SEED = 4
 
+_COLUMNS = {
+    "windows_iou_below_0.9": "IoU < 0.9",
+    "fallback_changed": "fallback",
+    "constraint_held": "held",
+    "least_held_ratio": "least",
+    "pairs_share": "share",
+    "target_error_mean": "target",
+    "target_cosine_p1": "cosine",
+    "mask_error_mean": "mask",
+    "bytes_mean": "bytes",
+}
+
 Mask = NDArray[np.bool_]
 Corners = NDArray[np.float64]
 
@@ -265,10 +277,8 @@ def main() -> int:
         "decode": decode_costs(next(iter(data.values()))[:64], args.rounds),
     }
     for name, drift in result["drift"].items():
-        columns = ["windows_iou_below_0.9", "fallback_changed", "constraint_held", "least_held_ratio", "pairs_share",
-                   "target_error_mean", "target_cosine_p1", "mask_error_mean", "bytes_mean"]  # fmt: skip
-        rows = [[way, *(f"{values[column]:.4g}" for column in columns)] for way, values in drift.items()]
-        harness.print_table(f"{name}: {len(data[name])} maps", ["stored as", *columns], rows)
+        rows = [[way, *(f"{values[column]:.4g}" for column in _COLUMNS)] for way, values in drift.items()]
+        harness.print_table(f"{name}: {len(data[name])} maps", ["stored as", *_COLUMNS.values()], rows)
     rows = [[way, f"{v['cpu_us']:.0f}", f"{v['cpu_us_p20']:.0f}–{v['cpu_us_p80']:.0f}", f"{v['bytes']:.0f}"]
             for way, v in result["decode"].items()]  # fmt: skip
     harness.print_table("decoding by DALI, one thread", ["stored as", "CPU µs a map", "p20–p80", "bytes"], rows)
