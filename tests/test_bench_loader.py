@@ -14,7 +14,7 @@ from cast_fast.data import layout, sampling
 from cast_fast.data.synthetic import write_dataset
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-from cast_fast.data.dali_loader import Augmentation  # noqa: E402
+from cast_fast.data.dali_loader import Augmentation
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-from cast_fast.data.dali_loader import Augmentation, DaliLoader  # noqa: E402
+from cast_fast.data.dali_loader import Augmentation, DaliLoader
 
 SIZE = 64
 GRID = (2, 2)
