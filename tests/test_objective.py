@@ -422,3 +422,30 @@ def test_mlp_head_is_used_by_its_pullback(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.func, "vjp", refuse)
     assert Inputs(encoder, 2 * STRIDE).closed(encoder).loss.isfinite()
+
+
+def test_published_formulation_keeps_its_quirks() -> None:
+    query, key = tiny_encoder(DIM).double(), tiny_encoder(DIM, seed=1).double()
+    before = [parameter.clone() for parameter in key.parameters()]
+    first, second, third = (rand(4, 3, 3 * STRIDE, 3 * STRIDE, seed=seed) for seed in range(3))
+    saliency = rand(4, 3, 3, seed=3).sigmoid()
+    queue = units(40, DIM, seed=5)
+    losses = reference.published_step_losses(
+        query, key, queue, first, second, third, saliency, temperature=TEMPERATURE, lam=3.0, momentum=0.9
+    )
+    # The momentum update ran twice, the query encoder too.
+    for parameter, old, target in zip(key.parameters(), before, query.parameters()):
+        torch.testing.assert_close(parameter, 0.81 * old + 0.19 * target)
+    assert all(counter == 2 for name, counter in query.named_buffers() if name.endswith("num_batches_tracked"))
+    # Each map spans [0, 1], negative evidence included, and there is one cosine for the whole batch.
+    torch.testing.assert_close(losses.cam.amin((1, 2)), torch.zeros(4).double())
+    torch.testing.assert_close(losses.cam.amax((1, 2)), torch.ones(4).double(), atol=1e-3, rtol=0)
+    cosine = F.cosine_similarity(losses.cam.flatten(), saliency.flatten(), dim=0)
+    torch.testing.assert_close(losses.attention, 1 - cosine)
+    embedding = query(first).embedding
+    expected, _ = reference.info_nce(embedding, losses.keys, queue, TEMPERATURE)
+    torch.testing.assert_close(losses.contrastive, expected.mean())
+    torch.testing.assert_close(losses.loss, (losses.contrastive + 3 * losses.attention) / 4)
+    # Its gradient is of second order: the weights of the attention loss are not constants.
+    (gradient,) = torch.autograd.grad(losses.attention, [*query.head.parameters()][:1])
+    assert gradient.norm() > 0

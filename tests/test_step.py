@@ -139,7 +139,7 @@ class Reference:
         return losses, norm
 
 
-@pytest.mark.parametrize("clip_grad", [0.0, 0.1])
+@pytest.mark.parametrize("clip_grad", [0.0, 0.1, 1000.0])
 @pytest.mark.parametrize("head", ["linear", "mlp"])
 def test_step_is_the_algorithm(device: torch.device, head: str, clip_grad: float) -> None:
     step = tiny_step(device, head=head, dtype=torch.float64, clip_grad=clip_grad)
@@ -156,7 +156,7 @@ def test_step_is_the_algorithm(device: torch.device, head: str, clip_grad: float
             (metrics.grad_norm, norm),
         ):
             torch.testing.assert_close(value, target.detach(), rtol=1e-6, atol=1e-9)
-        assert clip_grad == 0 or norm > clip_grad
+        assert clip_grad != 0.1 or norm > clip_grad
     for (name, value), target in zip(step.model.state_dict().items(), expected.model.state_dict().values()):
         # Clipping goes through a float32 scale: six digits there, twelve without.
         tolerance = 1e-6 if clip_grad else 1e-12
@@ -223,8 +223,16 @@ def test_batch_without_weights_counts_every_sample() -> None:
 
 
 def poison(step: TrainStep, batch: Batch, how: str) -> None:
-    """Makes the next step go wrong: in the loss, in one gradient, or by weights that overflow in the forward pass."""
-    if how == "loss":
+    """Makes the next step go wrong: in loss and gradient, in one of them, or in the forward pass."""
+    if how == "loss alone":
+        losses_of = step._losses
+
+        def spoiled(*arguments: Any) -> Any:
+            losses, *rest = losses_of(*arguments)
+            return losses._replace(loss=losses.loss + torch.inf), *rest
+
+        step._losses = spoiled
+    elif how == "loss":
         assert batch.query_saliency is not None
         batch.query_saliency[:, 0, 0] = torch.nan
     elif how == "forward":
@@ -238,7 +246,7 @@ def poison(step: TrainStep, batch: Batch, how: str) -> None:
         weight.register_hook(lambda gradient: gradient.index_fill(0, torch.tensor([0], device=gradient.device), value))
 
 
-@pytest.mark.parametrize("how", ["loss", "forward", "gradient nan", "gradient inf"])
+@pytest.mark.parametrize("how", ["loss", "loss alone", "forward", "gradient nan", "gradient inf"])
 def test_a_step_that_is_not_finite_changes_nothing(device: torch.device, how: str) -> None:
     step = tiny_step(device, head="mlp", clip_grad=0.5)
     step(batch_of(0, device), LR)
