@@ -33,7 +33,8 @@ The pieces:
     One JSON line with the fields of the project's contract. ``value``, ``p20``, ``p50`` and ``p80`` are in ``unit``;
     ``value`` is the median. For a rate ``p20`` is the slower end.
 ``Results``
-    Appends records to ``results.jsonl`` at once (flushed and synced), raw seconds to ``samples.jsonl``.
+    Appends records to ``results.jsonl`` at once (flushed and synced), raw seconds to ``samples.jsonl``. ``keep()``
+    appends a run's records to ``benchmarks/results/DEVICE/DATE_SHA.jsonl``.
 ``print_table`` / ``bar_chart`` / ``decimals``
     The table on the terminal, a chart as PNG, and numbers as both show them.
 
@@ -333,6 +334,14 @@ class Results:
         """Append the raw seconds of one repeat of a line to ``samples.jsonl``."""
         self._append(self._samples, {"line": line, "repeat": repeat, "seconds": list(seconds)})
 
+    def keep(self) -> Path:
+        """Append this run's records to the results that the repository keeps; see ``result_path``."""
+        path = result_path(self.environment)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.writelines(json.dumps(dataclasses.asdict(record)) + "\n" for record in self.records)
+        return path
+
     @staticmethod
     def _append(path: Path, row: Mapping[str, Any]) -> None:
         with path.open("a") as file:
@@ -550,10 +559,13 @@ def tensor_bytes(*holders: object) -> int:
     return sum(storages.values())
 
 
-def result_path(env: Environment, folder: Path = ROOT / "benchmarks" / "results") -> Path:
-    """``folder/DEVICE/DATE_SHA.jsonl`` for a run that is kept in the repository."""
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def result_path(env: Environment) -> Path:
+    """``benchmarks/results/DEVICE/DATE_SHA.jsonl``: where a run is kept in the repository."""
     device = "cpu" if "capability" not in env.details else re.sub(r"[^a-z0-9]+", "-", env.device.lower()).strip("-")
-    return folder / device / f"{env.date[:10]}_{env.commit}.jsonl"
+    return RESULTS / device / f"{env.date[:10]}_{env.commit}.jsonl"
 
 
 def decimals(value: float) -> str:

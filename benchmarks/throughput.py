@@ -68,6 +68,7 @@ class Plan:
     """``time.monotonic()`` after which no further round starts."""
     threads: int
     scenes: int
+    keep: bool = False
 
 
 @dataclass
@@ -393,7 +394,8 @@ def parse(argv: list[str] | None) -> Plan:
         "--repeats", type=int, metavar="N", help="interleaved rounds (default: 10 on CUDA, 5; --quick 3)"
     )
     parser.add_argument("--max-seconds", type=float, metavar="S", help="start no further round after this time")
-    parser.add_argument("--out", type=Path, default=Path("bench_out/throughput"), metavar="DIR")
+    parser.add_argument("--out", type=Path, default=Path("bench_out/throughput"), metavar="DIR", help="output folder")
+    parser.add_argument("--keep", action="store_true", help="add the records to benchmarks/results/ as well")
     args = parser.parse_args(argv)
     start = time.monotonic()
     settings = ladder.settings_from(args)
@@ -422,7 +424,7 @@ def parse(argv: list[str] | None) -> Plan:
             raise UserError(f"--variants: got nothing, expected some of {', '.join(LINES)}")
         lines = tuple(name for name in LINES if name in names)
     deadline = None if seconds is None else start + seconds
-    return Plan(settings, args.out, lines, repeats, 3 if cuda else 1, deadline, args.loader_threads, scenes)
+    return Plan(settings, args.out, lines, repeats, 3 if cuda else 1, deadline, args.loader_threads, scenes, args.keep)
 
 
 def run(plan: Plan) -> int:
@@ -454,6 +456,8 @@ def run(plan: Plan) -> int:
             (plan.out / f"failure-{name}.txt").write_text(outcome.trace)
             code = code or 1
     say(f"results: {plan.out}")
+    if plan.keep:
+        say(f"kept: {results.keep()}")
     return code
 
 

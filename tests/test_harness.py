@@ -137,7 +137,7 @@ def test_record_has_the_fields_of_the_contract() -> None:
     assert [field.name for field in dataclasses.fields(harness.Record)] == CONTRACT
 
 
-def test_records_are_on_disk_at_once(tmp_path) -> None:
+def test_records_are_on_disk_at_once(tmp_path, monkeypatch) -> None:
     env = harness.environment(CPU)
     results = harness.Results(tmp_path / "out", env)
     shape = {"batch": 4, "size": 32}
@@ -157,6 +157,9 @@ def test_records_are_on_disk_at_once(tmp_path) -> None:
     assert json.loads((tmp_path / "out" / "samples.jsonl").read_text())["seconds"] == [0.5, 1.0]
     saved = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert saved["versions"]["torch"] == torch.__version__
+    monkeypatch.setattr(harness, "RESULTS", tmp_path / "kept")
+    assert results.keep() == harness.result_path(env)
+    assert results.keep().read_text() == 2 * results.path.read_text()
     harness.Results(tmp_path / "out", env, append=True)
     assert len(results.path.read_text().splitlines()) == 2
     harness.Results(tmp_path / "out", env)
