@@ -29,16 +29,24 @@ STORED = {
 to some thousand terms, each rounded to 2^-24 = 6e-8, at most sqrt(8192) · 6e-8 = 5e-6 for rounding errors of random
 sign at the natural scale. float16 and bfloat16 add half a unit in the last place of the stored value."""
 
-INFO_NCE = {
+INFO_NCE_PRODUCT = {
+    torch.float64: 1e-12,
+    torch.float32: 2.0**-15,
+    torch.float16: 2.0**-19,
+    torch.bfloat16: 2.0**-19,
+}
+"""By the type of the queue: absolute error of q·k for unit rows on a GPU; a logit errs 1 / T times that. float32: three
+products of bfloat16 halves leave out low · low, 2^-16, and as much again by rounding the halves. 16-bit numbers multiply
+exactly in float32, which then adds up to 512 products."""
+
+INFO_NCE_WEIGHT = {
     torch.float64: 1e-12,
     torch.float32: 2.0**-15,
     torch.float16: 2.0**-10,
     torch.bfloat16: 2.0**-8,
 }
-"""By the type of the queue, for InfoNCE on a GPU, at the scale 1 / T of the logits. float32: three bfloat16 products
-leave out low · low, 2^-16 of the product, and as much again by rounding the halves. float16 and bfloat16: products
-are exact in float32; a softmax weight is rounded by half a unit, 2^-11 and 2^-9, before it multiplies a key, and a
-weighted mean of unit vectors errs by no more than that, twice over for the margin."""
+"""By the type of the queue: relative error of a softmax weight where it multiplies a key: half a unit in the last
+place, 2^-11 and 2^-9, once more for the margin; a weighted mean of unit vectors errs by no more."""
 
 CASE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

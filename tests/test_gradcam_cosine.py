@@ -29,7 +29,10 @@ from cast_kernels import reference
 module = importlib.import_module("cast_kernels.gradcam_cosine")
 
 # The interpreter's NumPy warns where NaN and infinity are what the test is about.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
+if not INTERPRETED:
+    # Everything here is then a test of a compiled kernel, to be found by -m gpu.
+    pytestmark.append(pytest.mark.gpu)
 
 SHAPES = [
     (0, 8, 7, 7),
@@ -58,7 +61,7 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> tuple[T
 
 
 def wide(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.cpu().double() for tensor in tensors]
+    return [tensor.double() for tensor in tensors]
 
 
 def scales(activations: Tensor, alpha: Tensor, truth: reference.GradcamTerms) -> tuple[Tensor, ...]:
@@ -67,12 +70,12 @@ def scales(activations: Tensor, alpha: Tensor, truth: reference.GradcamTerms) ->
     A term of the map is at most |alpha| |A|; slope is a difference of unit vectors over |cam|, and alpha_gradient sums
     it against A. Where the map is a small difference of large terms, its relative error reaches the other three.
     """
-    terms = torch.einsum("nchw,nc->nhw", activations.double().cpu().abs(), alpha.double().cpu().abs()).flatten(1)
+    terms = torch.einsum("nchw,nc->nhw", activations.double().abs(), alpha.double().abs()).flatten(1)
     norm = truth.cam.flatten(1).norm(dim=1)
     zero = norm == 0
     inverse = torch.where(zero, 0, 1 / torch.where(zero, 1, norm))
     loss = (1 + terms.norm(dim=1) * inverse) * (truth.loss != 1)
-    largest = activations.double().cpu().abs().flatten(1).norm(dim=1)
+    largest = activations.double().flatten(1).norm(dim=1)
     slope = loss * inverse
     return loss, terms[..., None].view_as(truth.cam), slope[:, None, None], (slope * largest)[:, None]
 
@@ -104,7 +107,7 @@ def test_kernel_from_gradient_matches_float64(shape: tuple[int, ...], dtype: tor
     gradient = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
     gradient = gradient.to(memory_format=torch.channels_last).to(KERNEL_DEVICE)
     *terms, alpha = module._launch_from_gradient(activations, gradient, saliency, True)
-    truth = gradient.cpu().double().mean((2, 3))
+    truth = gradient.double().mean((2, 3))
     assert_close("alpha", alpha, truth, 4.0, STORED[torch.float32])
     check_terms(tuple(terms), activations, truth, saliency)
 
@@ -122,7 +125,7 @@ def test_wide_kernel_matches_float64(
     if from_gradient:
         gradient = torch.randn(shape, device=KERNEL_DEVICE).to(dtype)
         *terms, alpha = module._launch_from_gradient(activations, gradient, saliency, True)
-        assert_close("alpha", alpha, gradient.cpu().double().mean((2, 3)), 4.0, STORED[torch.float32])
+        assert_close("alpha", alpha, gradient.double().mean((2, 3)), 4.0, STORED[torch.float32])
     else:
         terms = module._launch(activations, alpha, saliency, True)
     check_terms(tuple(terms), activations, alpha, saliency)
@@ -283,7 +286,7 @@ def test_channels_that_are_not_contiguous_are_logged_once(
 
 
 def test_reference_is_one_minus_the_cosine_similarity() -> None:
-    activations, alpha, saliency = wide(*inputs((4, 9, 3, 5), torch.float32))
+    activations, alpha, saliency = (x.cpu() for x in wide(*inputs((4, 9, 3, 5), torch.float32)))
     loss, cam = reference.gradcam_cosine(activations, alpha, saliency)
     by_hand = torch.zeros(4, 3, 5, dtype=torch.float64)
     for channel in range(9):
@@ -295,7 +298,7 @@ def test_reference_is_one_minus_the_cosine_similarity() -> None:
 
 
 def test_formulas_of_the_reference_are_its_autograd() -> None:
-    activations, alpha, saliency = (x.requires_grad_() for x in wide(*inputs((4, 9, 3, 5), torch.float32)))
+    activations, alpha, saliency = (x.cpu().requires_grad_() for x in wide(*inputs((4, 9, 3, 5), torch.float32)))
     loss, cam = reference.gradcam_cosine(activations, alpha, saliency)
     terms = reference.gradcam_terms(activations.detach(), alpha.detach(), saliency.detach())
     by_autograd = torch.autograd.grad(loss.sum(), (activations, alpha, saliency))

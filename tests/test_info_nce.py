@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from numerics import (
     CASE_DTYPES,
-    INFO_NCE,
+    INFO_NCE_PRODUCT,
+    INFO_NCE_WEIGHT,
     INTERPRETED,
     KERNEL_DEVICE,
     STORED,
@@ -30,7 +31,10 @@ module = importlib.import_module("cast_kernels.info_nce")
 launch_module = importlib.import_module("cast_kernels.launch")
 
 # The interpreter's NumPy warns where NaN and infinity are what the test is about.
-pytestmark = pytest.mark.filterwarnings("ignore:.*(encountered|All-NaN):RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore:.*(encountered|All-NaN):RuntimeWarning")]
+if not INTERPRETED:
+    # Everything here is then a test of a compiled kernel, to be found by -m gpu.
+    pytestmark.append(pytest.mark.gpu)
 
 # (N, K, D)
 SHAPES = [
@@ -44,17 +48,8 @@ SHAPES = [
     (2, 100, 200),
     (17, 70, 512),
 ]
-LARGE = [
-    (256, 65536, 128),
-    (64, 4096, 128),
-    (1, 65536, 128),
-    (300, 10_007, 96),
-    (512, 70_001, 256),
-    (256, 1_048_576, 128),
-]
+LARGE = [(256, 65536, 128), (64, 4096, 128), (1, 65536, 128), (300, 10_007, 96), (512, 70_001, 256), (256, 2**20, 128)]
 """For a compiled kernel only: the interpreter would take minutes."""
-if not INTERPRETED:
-    SHAPES += LARGE
 TEMPERATURES = [0.07, 0.2, 5.0, 0.03, 0.029, 0.005]
 KERNEL_DTYPES = [
     pytest.param(
@@ -82,33 +77,38 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int
 
 
 def rounded(query: Tensor, key: Tensor, queue: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the kernel multiplies, in float64."""
-    narrow = queue.dtype
-    q, k, keys = (x.detach().to(narrow).cpu().double() for x in (query, key, queue))
+    """What the kernel multiplies, in float64, on the same device."""
+    q, k, keys = (x.detach().to(queue.dtype).double() for x in (query, key, queue))
     return q, k, keys
 
 
-def product_tolerance(dtype: torch.dtype) -> float:
-    """Products are float32 on the CPU, where the reference or the interpreter runs."""
-    return INFO_NCE[dtype] if KERNEL_DEVICE.type == "cuda" else STORED[torch.float32]
+def tolerances(dtype: torch.dtype, device: torch.device = KERNEL_DEVICE) -> tuple[float, float]:
+    """Errors of a product and of a weight; float32's on the CPU, where the reference or the interpreter runs."""
+    if device.type == "cuda":
+        return INFO_NCE_PRODUCT[dtype], INFO_NCE_WEIGHT[dtype]
+    return STORED[torch.float32], STORED[torch.float32]
 
 
 def check(actual: tuple[Tensor, ...], query: Tensor, key: Tensor, queue: Tensor, temperature: float) -> None:
-    """Compare loss, query gradient, 1 - p⁺ and beaten with float64; scales are those of the logits."""
+    """Compare loss, query gradient, 1 - p⁺ and beaten with float64."""
     q, k, keys = rounded(query, key, queue)
     partials = reference.info_nce_partials(q, k, keys, temperature)
     truth = reference.info_nce_terms(q, k, partials, temperature, torch.float64)
-    tolerance = product_tolerance(queue.dtype)
+    product, weight = tolerances(queue.dtype)
     loss, gradient, probability, beaten = actual
-    logit = max(1.0, 1 / temperature)
-    # A probability errs by its logits' error; the gradient multiplies it by at most 2 / T and adds the weights' error.
-    assert_close("loss", loss, truth.loss, 2 * logit, tolerance)
-    assert_close("probability", probability, truth.negative_probability, logit, tolerance)
-    assert_close("query_gradient", gradient, truth.query_gradient, (2 + logit) / temperature, tolerance)
+    # The loss moves with the logits, a probability by no more than they; the exponential adds float32's own error.
+    logit = 2 * product / temperature + 2 * STORED[torch.float32]
+    assert_close("loss", loss, truth.loss, 1.0, logit)
+    assert_close("probability", probability, truth.negative_probability, 1.0, logit)
+    assert_close("query_gradient", gradient, truth.query_gradient, 2 / temperature, logit + weight)
+    check_beaten(beaten, q, k, keys, product)
+
+
+def check_beaten(beaten: Tensor, q: Tensor, k: Tensor, keys: Tensor, product: float) -> None:
+    """Keys whose product is within rounding of the positive's may count or not."""
     margin = q @ keys.T - (q * k).sum(1, keepdim=True)
-    sure = (margin > 2 * tolerance).sum(1)
-    possible = (margin > -2 * tolerance).sum(1)
-    assert ((sure <= beaten.cpu()) & (beaten.cpu() <= possible)).all()
+    assert ((margin > 2 * product).sum(1) <= beaten).all()
+    assert (beaten <= (margin > -2 * product).sum(1)).all()
 
 
 def few_processors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -120,6 +120,16 @@ def few_processors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 @pytest.mark.parametrize("dtype", KERNEL_DTYPES)
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_kernel_matches_float64(shape: tuple[int, ...], dtype: torch.dtype, temperature: float) -> None:
+    query, key, queue = inputs(shape, dtype)
+    check(module._launch(query, key, queue, temperature, True), query, key, queue, temperature)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("temperature", [0.07, 0.01])
+@pytest.mark.parametrize("dtype", KERNEL_DTYPES)
+@pytest.mark.parametrize("shape", LARGE, ids=shape_id)
+def test_kernel_matches_float64_at_size(shape: tuple[int, ...], dtype: torch.dtype, temperature: float) -> None:
     query, key, queue = inputs(shape, dtype)
     check(module._launch(query, key, queue, temperature, True), query, key, queue, temperature)
 
@@ -189,7 +199,7 @@ def test_rows_that_are_not_of_unit_length(temperature: float) -> None:
     actual = module._launch(query, key, queue, temperature, True)
     q, k, keys = rounded(query, key, queue)
     loss, _ = reference.info_nce(q, k, keys, temperature)
-    assert_close("loss", actual[0], loss, 6 / temperature, product_tolerance(queue.dtype))
+    assert_close("loss", actual[0], loss, 6 / temperature, tolerances(queue.dtype)[0])
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -288,14 +298,16 @@ def test_peak_memory_on_a_gpu(cuda: torch.device) -> None:
 def test_partials_kernel_matches_float64(temperature: float) -> None:
     query, key, queue = inputs((20, 300, 24))
     total, weighted, maximum, beaten = module._launch(query, key, queue, temperature, False)
-    truth = reference.info_nce_partials(*rounded(query, key, queue), temperature)
-    factor = (truth.maximum - maximum.cpu().double()).exp()
-    relative = max(1.0, 1 / temperature)
-    assert_close("maximum", maximum, truth.maximum, relative, product_tolerance(queue.dtype))
+    q, k, keys = rounded(query, key, queue)
+    truth = reference.info_nce_partials(q, k, keys, temperature)
+    factor = (truth.maximum - maximum.double()).exp()
+    product, weight = tolerances(queue.dtype)
+    logit = product / temperature + STORED[torch.float32]
     expected = truth.total * factor
-    assert_close("total", total, expected, relative * expected, product_tolerance(queue.dtype))
-    assert_close("weighted", weighted, truth.weighted * factor[:, None], relative * expected[:, None], 2**-10)
-    assert torch.equal(beaten.cpu(), truth.beaten)
+    assert_close("maximum", maximum, truth.maximum, 1.0, logit)
+    assert_close("total", total, expected, expected, 2 * logit)
+    assert_close("weighted", weighted, truth.weighted * factor[:, None], expected[:, None], 2 * logit + weight)
+    check_beaten(beaten, q, k, keys, product)
 
 
 @pytest.mark.parametrize("cuts", [[150], [0, 7, 299, 1, 1], [300, 0], [100, 100, 100]])
@@ -313,12 +325,12 @@ def test_shards_combine_to_the_whole(temperature: float, cuts: list[int], device
     combined, beaten_of_parts = cast_kernels.info_nce_combine(*parts, partials, temperature, queue.dtype)
     combined.backward(upstream)
     assert torch.equal(beaten, beaten_of_parts)
-    scale = 4 / temperature
-    tolerance = INFO_NCE[torch.float32] if device.type == "cuda" else STORED[torch.float32]
-    assert_close("loss", combined, loss, scale, tolerance)
+    product, weight = tolerances(torch.float32, device)
+    logit = 2 * product / temperature + 2 * STORED[torch.float32]
+    assert_close("loss", combined, loss, 2.0, logit)
     for one, two in zip(parts, whole, strict=True):
         assert one.grad is not None and two.grad is not None
-        assert_close("gradient", one.grad, two.grad, scale * scale / 4, tolerance)
+        assert_close("gradient", one.grad, two.grad, 4 / temperature, logit + weight)
 
 
 def test_partials_of_a_fixed_maximum_plainly_add(device: torch.device) -> None:
@@ -413,16 +425,17 @@ def test_gradients_match_float64(temperature: float, dtype: torch.dtype, upstrea
     loss, beaten = cast_kernels.info_nce(*arguments, queue, temperature)
     loss.backward(incoming)
     true_loss, _ = reference.info_nce(*truths, keys, temperature)
-    true_loss.backward(incoming.cpu().double())
+    true_loss.backward(incoming.double())
     assert not beaten.requires_grad and beaten.dtype == torch.int64
     assert queue.grad is None
-    tolerance = INFO_NCE[dtype] if device.type == "cuda" else STORED[torch.float32]
-    assert_close("loss", loss, true_loss, 2 / temperature, tolerance)
-    scale = incoming.cpu().double().abs()[:, None] * (2 + 1 / temperature) / temperature
+    product, weight = tolerances(dtype, device)
+    logit = 2 * product / temperature + 2 * STORED[torch.float32]
+    assert_close("loss", loss, true_loss, 1.0, logit)
+    scale = incoming.double().abs()[:, None] * 2 / temperature
     for name, got, truth in zip(("query", "key"), arguments, truths, strict=True):
         assert got.grad is not None and truth.grad is not None
         assert got.grad.dtype == got.dtype
-        assert_close(name, got.grad, truth.grad, scale, max(tolerance, STORED[got.dtype]))
+        assert_close(name, got.grad, truth.grad, scale, logit + weight + STORED[got.dtype])
 
 
 def test_only_the_wanted_gradients_are_made(device: torch.device) -> None:
@@ -472,7 +485,9 @@ def test_opcheck(device: torch.device) -> None:
     torch.library.opcheck(operators.info_nce_partials.default, (query, key, queue, 0.07))
     wanting = (query.clone().requires_grad_(), key.clone().requires_grad_())
     torch.library.opcheck(operators.info_nce.default, (*wanting, queue, 0.07))
-    torch.library.opcheck(operators.info_nce.default, (query, key, queue.double() if INTERPRETED else queue, 0.01))
+    torch.library.opcheck(
+        operators.info_nce.default, (query, key, queue.double() if device.type == "cpu" else queue, 0.01)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
