@@ -33,7 +33,7 @@ import harness
 import ladder
 
 from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
-from cast_fast.data import layout
+from cast_fast.data import layout, shards
 from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
 from cast_fast.data.synthetic import write_dataset
@@ -249,7 +249,8 @@ def open_dataset(plan: Plan) -> layout.Dataset:
     """
     config = plan.settings.config
     if config.data is not None:
-        raise UserError(f"--data: got {config.data}, but this version reads folders only: --images DIR --saliency DIR")
+        packed = layout.usable(shards.scan_shards(config.data), skip_invalid=False, on_empty_saliency="error")
+        return _large_enough(packed, config.batch)
     images, saliency = config.images, config.saliency
     if images is None or saliency is None:
         count = max(plan.scenes, plan.settings.batch)
@@ -258,8 +259,12 @@ def open_dataset(plan: Plan) -> layout.Dataset:
         write_dataset(folder, count, config.seed)
         images, saliency = folder / "images", folder / "saliency"
     dataset = layout.usable(layout.scan(images, saliency), skip_invalid=False, on_empty_saliency="error")
-    if len(dataset) < config.batch:
-        raise UserError(f"--batch: got {config.batch}, but {images} holds {len(dataset)} images")
+    return _large_enough(dataset, config.batch)
+
+
+def _large_enough(dataset: layout.Dataset, batch: int) -> layout.Dataset:
+    if len(dataset) < batch:
+        raise UserError(f"--batch: got {batch}, but {dataset.images} holds {len(dataset)} images")
     return dataset
 
 

@@ -48,7 +48,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from cast_fast import checkpoint, distributed
 from cast_fast.accelerators import build_sgd
 from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args, differing_fields, flag
-from cast_fast.data import layout, sampling
+from cast_fast.data import layout, sampling, shards
 from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
 from cast_fast.encoder import cam_grid
@@ -261,7 +261,10 @@ def _locked(run: Path) -> Iterator[None]:
 
 def _load_dataset(config: PretrainConfig) -> layout.Dataset:
     if config.images is None:
-        raise UserError(f"--data: got {config.data}, but this version reads folders only: --images DIR --saliency DIR")
+        assert config.data is not None  # checked when the run began
+        on_empty = config.on_empty_saliency if config.needs_saliency else "unconstrained"
+        dataset = shards.scan_shards(config.data)
+        return layout.usable(dataset, skip_invalid=config.skip_invalid, on_empty_saliency=on_empty)
     maps = config.saliency if config.needs_saliency else None
     dataset = layout.scan(config.images, maps, progress=sys.stderr.isatty())
     return layout.usable(dataset, skip_invalid=config.skip_invalid, on_empty_saliency=config.on_empty_saliency)

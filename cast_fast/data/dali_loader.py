@@ -6,6 +6,9 @@ their colour changes. On CUDA the JPEGs are decoded on the device ("mixed") and 
 the map is decoded and the windows are chosen on the CPU, because a resize takes its region from CPU memory and PNG is
 decoded there anyway.
 
+Files of a folder dataset are read by DALI's threads. Members of shards are read by ours, a step ahead of DALI's own
+two, and handed over as bytes; DALI has no operator that reads a part of a file.
+
 DALI draws no random number. ``sampling`` does, as a function of the seed and the sample's position in the run, so a
 loader can start at any step.
 
@@ -29,6 +32,8 @@ import dataclasses
 import logging
 import os
 from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -40,8 +45,10 @@ from nvidia.dali.pipeline import do_not_convert
 
 from cast_fast.data import sampling
 from cast_fast.data.batch import Batch
-from cast_fast.data.layout import Dataset, shown
+from cast_fast.data.layout import Dataset, Member, Sample, read_bytes, shown
+from cast_fast.data.pack_sample import decode_stored
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows, unconstrained_windows
+from cast_fast.data.shards import ShardReader
 from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
 
@@ -159,6 +166,10 @@ class Recipe:
     cuda: bool
     native: bool
     hw_decoder_load: float | None = None
+    packed: bool = False
+    """Files are handed over as contents, read from shards, instead of as paths."""
+    raw_maps: bool = False
+    """Maps of a packed dataset are handed over as pixels."""
 
     @property
     def needs_maps(self) -> bool:
@@ -168,7 +179,7 @@ class Recipe:
         """What the pipeline is fed, in order: name -> DALI type and number of dimensions of a sample."""
         found: dict[str, tuple[Any, int]] = {"image": (types.UINT8, 1)}
         if self.needs_maps:
-            found["saliency"] = (types.UINT8, 1)
+            found["saliency"] = (types.UINT8, 3 if self.raw_maps else 1)
         if not self.constrained:
             found["shape"] = (types.INT64, 1)
         found["random"] = (types.FLOAT64, 3)
@@ -199,6 +210,20 @@ class Source:
         self.dataset, self.order, self.augmentation = dataset, order, augmentation
         self.recipe, self.broken = recipe, broken
         self.first_step = 0
+        self._reader: ShardReader | None = None
+        self._ahead: dict[int, _Reading] = {}
+
+    def restart(self, step: int) -> None:
+        """The next call is for ``step``, with the samples that are known to be broken by then."""
+        self.close()
+        self.first_step = step
+
+    def close(self) -> None:
+        """Closes the shards of a packed dataset; a later call opens them again."""
+        self._ahead.clear()
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
 
     def indices(self, step: int) -> NDArray[np.int64]:
         """Dataset indices (batch,) of a step, with a stand-in at each position whose file is known to be broken."""
@@ -221,13 +246,11 @@ class Source:
         draws = sampling.draw(self.order.seed, self.order.at(step)[1])
         views = self.augmentation.parameters(draws.augment, self.recipe.size)
         values: dict[str, Any] = {
-            "image": [_encoded(sample.image) for sample in samples],
+            **(self._packed(step, samples) if self.recipe.packed else self._paths(samples)),
             "random": draws.windows,
             "mirror": _mirrors(views.mirrored),
             "weight": np.array([not sample.empty for sample in samples], dtype=np.float32),
         }
-        if self.recipe.needs_maps:
-            values["saliency"] = [_encoded(sample.saliency) for sample in samples]
         if not self.recipe.constrained:
             values["shape"] = np.array([(sample.height, sample.width, 3) for sample in samples], dtype=np.int64)
         for column, view in enumerate(VIEWS):
@@ -236,10 +259,75 @@ class Source:
                 values[f"{view}_{name}"] = np.ascontiguousarray(getattr(views, name)[:, column])
         return [values[name] for name in self.recipe.inputs()]
 
+    def _paths(self, samples: Sequence[Sample]) -> dict[str, list[NDArray[np.uint8]]]:
+        """The files' names, which DALI's threads read."""
+        files = {"image": [_encoded(sample.image) for sample in samples]}
+        if self.recipe.needs_maps:
+            files["saliency"] = [_encoded(sample.saliency) for sample in samples]
+        return files
 
-def _encoded(path: os.PathLike[str] | None) -> NDArray[np.uint8]:
-    assert path is not None  # the loader's constructor has checked that samples have the maps it needs
+    def _packed(self, step: int, samples: Sequence[Sample]) -> dict[str, list[NDArray[np.uint8]]]:
+        """The files' contents, read while the step before was handed over; those of the next step begin to be read."""
+        reading = self._ahead.pop(step, None) or self._begin(step)
+        self._ahead = {step + 1: self._begin(step + 1)}
+        images = [_content(future) for future in reading.images]
+        if not self.recipe.needs_maps:
+            return {"image": images}
+        maps = [_content(future) for future in reading.maps]
+        for slot, content in enumerate(maps):
+            if not len(content):
+                images[slot] = content  # raw maps pass no decoder that could refuse them
+        if self.recipe.raw_maps:
+            maps = [_raw_map(content, sample) for content, sample in zip(maps, samples)]
+        return {"image": [_refused(content) for content in images], "saliency": [_refused(content) for content in maps]}
+
+    def _begin(self, step: int) -> _Reading:
+        if self._reader is None:
+            self._reader = ShardReader()
+        samples = [self.dataset.samples[index] for index in self.indices(step)]
+        maps = [_member(sample.saliency) for sample in samples] if self.recipe.needs_maps else []
+        return _Reading(self._reader.start([_member(sample.image) for sample in samples]), self._reader.start(maps))
+
+
+class _Reading(NamedTuple):
+    """Members of shards that are being read for one step."""
+
+    images: list[Future[bytes]]
+    maps: list[Future[bytes]]
+
+
+def _encoded(path: Path | Member | None) -> NDArray[np.uint8]:
+    assert isinstance(path, Path)  # the loader's constructor has checked that samples have the maps it needs
     return np.frombuffer(os.fsencode(path), dtype=np.uint8)
+
+
+def _member(file: Path | Member | None) -> Member:
+    assert isinstance(file, Member)
+    return file
+
+
+def _content(future: Future[bytes]) -> NDArray[np.uint8]:
+    """What was read; nothing where that failed, so that the batch fails when its turn comes and names the file."""
+    try:
+        return np.frombuffer(future.result(), dtype=np.uint8)
+    except OSError:
+        return np.empty(0, dtype=np.uint8)
+
+
+def _refused(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """The content, or where there is none something that no decoder takes for a picture."""
+    return content if content.size else np.zeros(16, dtype=np.uint8)
+
+
+def _raw_map(content: NDArray[np.uint8], sample: Sample) -> NDArray[np.uint8]:
+    """(h, w, 1) uint8: the pixels behind NumPy's header, or a decoded picture where one was stored instead."""
+    assert sample.map_shape is not None
+    height, width = sample.map_shape
+    if not content.size:
+        return np.zeros((height, width, 1), dtype=np.uint8)
+    if _member(sample.saliency).name.endswith(".npy"):
+        return content[-height * width :].reshape(height, width, 1)
+    return decode_stored(content.tobytes(), "png")[:, :, None]
 
 
 def _mirrors(mirrored: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -269,6 +357,11 @@ class _NumpyWindows:
             relative.append(windows.relative(height, width))
             fallback.append(windows.fallback.astype(np.uint8))
         return relative, fallback
+
+
+def opened(file: Any, recipe: Recipe) -> Any:
+    """Content of a file: read by its name, or handed over already in a packed dataset."""
+    return file if recipe.packed else fn.io.file.read(file)
 
 
 def decoded_image(encoded: Any, recipe: Recipe) -> Any:
@@ -356,8 +449,10 @@ def cast_pipeline(source: Source, recipe: Recipe) -> tuple[Any, ...]:
         ndim=[ndim for _, ndim in kinds.values()],
     )
     inputs = dict(zip(kinds, feed))
-    image = decoded_image(fn.io.file.read(inputs["image"]), recipe)
-    saliency: Any = decoded_map(fn.io.file.read(inputs["saliency"])) if recipe.needs_maps else None
+    image = decoded_image(opened(inputs["image"], recipe), recipe)
+    saliency: Any = None
+    if recipe.needs_maps:
+        saliency = inputs["saliency"] if recipe.raw_maps else decoded_map(opened(inputs["saliency"], recipe))
     basis = saliency if recipe.constrained else inputs["shape"]
     corners, fallback = crop_corners(basis, inputs["random"], recipe)
 
@@ -413,21 +508,29 @@ def deliver(outputs: Sequence[Any], recipe: Recipe, indices: NDArray[np.int64]) 
 
 @pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
 def _probe_pipeline(grey: bool, device: str) -> Any:
-    encoded = fn.io.file.read(fn.external_source(name="path", dtype=types.UINT8, ndim=1))
+    encoded = fn.external_source(name="content", dtype=types.UINT8, ndim=1)
     return fn.decoders.image(encoded, device=device, output_type=types.GRAY if grey else types.RGB)
 
 
 def _undecodable(
-    paths: Sequence[os.PathLike[str] | None], *, grey: bool, device: str, device_id: int | None
+    files: Sequence[Path | Member | None], *, grey: bool, device: str, device_id: int | None
 ) -> dict[int, str]:
-    """Tries each file alone, because DALI's error does not always name it: {place in ``paths``: DALI's reason}."""
+    """Tries each file alone, because DALI's error does not always name it: {place in ``files``: the reason}."""
     refused: dict[int, str] = {}
     pipeline = None
-    for place, path in enumerate(paths):
+    for place, file in enumerate(files):
+        assert file is not None
+        try:
+            content = np.frombuffer(read_bytes(file), dtype=np.uint8)
+        except OSError as error:
+            refused[place] = f"cannot be read: {error.strerror or error}"
+            continue
+        if isinstance(file, Member) and file.name.endswith(".npy"):
+            continue
         if pipeline is None:
             pipeline = _probe_pipeline(grey, device, device_id=device_id)
         try:
-            pipeline.run(path=[_encoded(path)])
+            pipeline.run(content=[content])
         except RuntimeError as error:
             refused[place] = _reason(error)
             pipeline = None  # one that has failed is not used again
@@ -507,6 +610,11 @@ class DaliLoader:
             cuda=device == "cuda",
             native=_choose_native(native),
             hw_decoder_load=hw_decoder_load,
+            packed=any(isinstance(sample.image, Member) for sample in dataset.samples),
+            raw_maps=any(
+                isinstance(sample.saliency, Member) and sample.saliency.name.endswith(".npy")
+                for sample in dataset.samples
+            ),
         )
         if self._recipe.needs_maps:
             for sample in dataset.samples:
@@ -563,7 +671,8 @@ class DaliLoader:
         if step < 0:
             raise ValueError(f"step: got {step}, expected step >= 0")
         self.close()
-        self._source.first_step = self.step = step
+        self._source.restart(step)
+        self.step = step
         self._pipeline = cast_pipeline(
             self._source,
             self._recipe,
@@ -578,6 +687,7 @@ class DaliLoader:
     def close(self) -> None:
         """Stops DALI's threads and frees its buffers, except those of batches still in use."""
         self._pipeline = None
+        self._source.close()
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to go on from here: the step, and what must not change for it to mean the same."""
