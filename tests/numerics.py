@@ -36,8 +36,8 @@ INFO_NCE_PRODUCT = {
     torch.bfloat16: 2.0**-19,
 }
 """By the type of the queue: absolute error of q·k for unit rows on a GPU; a logit errs 1 / T times that. float32: three
-products of bfloat16 halves leave out low · low, 2^-16, and as much again by rounding the halves. 16-bit numbers multiply
-exactly in float32, which then adds up to 512 products."""
+products of bfloat16 halves leave out low · low, 2^-16, and as much again by rounding the halves. 16-bit numbers are
+multiplied exactly in float32, which then adds up to 512 products."""
 
 INFO_NCE_WEIGHT = {
     torch.float64: 1e-12,

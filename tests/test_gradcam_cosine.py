@@ -248,9 +248,13 @@ def test_expanded_inputs_share_their_memory() -> None:
 @pytest.mark.parametrize("far", ["samples", "rows", "channels"])
 def test_offsets_beyond_31_bits(far: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MAX_ROW_CHANNELS", most)
-    activations, alpha, saliency = inputs((2, 20, 2, 3), torch.float16)
-    step = 2**31 + 64
-    strides = {"samples": (step, 1, 60, 20), "rows": (120, 1, step, 20), "channels": (200, step // 16, 3, 1)}[far]
+    activations, alpha, saliency = inputs((4, 20, 2, 3), torch.float16)
+    # A stride that fits 31 bits is a 32-bit argument, and its product with an index must not be; a longer one is not.
+    strides = {
+        "samples": (2**30 + 64, 1, 60, 20),
+        "rows": (120, 1, 2**31 + 64, 20),
+        "channels": (200, 2**27 + 4, 3, 1),
+    }[far]
     count = sum((size - 1) * stride for size, stride in zip(activations.shape, strides)) + 1
     with far_apart(count, torch.float16, KERNEL_DEVICE) as memory:
         view = memory.as_strided(activations.shape, strides)

@@ -226,7 +226,7 @@ def test_offsets_beyond_31_bits() -> None:
         far = memory.as_strided((40, 16), (stride, 1))
         far.copy_(queue)
         check(module._launch(query, key, far, 0.07, True), query, key, queue, 0.07)
-    stride = 2**31 + 64
+    stride = 2**30 + 64
     with far_apart(2 * stride + 16, torch.float32, KERNEL_DEVICE) as memory:
         far = memory.as_strided((3, 16), (stride, 1))
         far.copy_(query)

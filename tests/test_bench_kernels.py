@@ -1,0 +1,69 @@
+"""benchmarks/kernels.py: its records on a CPU, and that a wrong kernel gets no time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import harness
+import pytest
+import torch
+from torch import Tensor
+
+import kernels
+
+CPU = torch.device("cpu")
+
+
+def test_a_quick_run_leaves_its_records(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernels.main(["--device", "cpu", "--quick", "--repeats", "1", "--out", str(tmp_path)]) == 0
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {(record["name"], record["variant"]) for record in records} == {
+        ("ceiling", "copy"),
+        ("ceiling", "matmul"),
+        *((name, line) for name in kernels.NAMES for line in ("eager", "operator")),
+    }
+    for record in records:
+        assert record["value"] > 0
+        if record["name"] != "ceiling":
+            assert record["unit"] == "µs"
+            assert record["fraction_of_bound"] > 0
+            assert record["p20"] <= record["p50"] <= record["p80"]
+    (found,) = (r for r in records if (r["name"], r["variant"]) == ("gradcam_cosine", "operator"))
+    assert found["shape"] == {"N": 4, "C": 64, "H": 7, "W": 7}
+    # A, alpha and its gradient, saliency, cam and slope, and the loss, in float32.
+    assert found["bytes"] == 4 * (4 * 64 * 49 + 2 * 4 * 64 + 3 * 4 * 49 + 4)
+    assert (tmp_path / "kernels.png").stat().st_size > 0
+    assert "of floor" in capsys.readouterr().out
+
+
+def test_a_line_with_wrong_results_has_no_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (work,) = (work for work in kernels.works(CPU, True) if work.name == "info_nce")
+
+    def wrong(*arguments: Tensor) -> list[Tensor]:
+        loss, gradient = work.lines["operator"](*arguments)
+        return [loss, gradient * 1.1]
+
+    work.lines["operator"] = work.lines["eager"]
+    work.lines["wrong"] = wrong
+    results = harness.Results(tmp_path, harness.environment(CPU))
+    records = kernels.measure(work, CPU, {"copy": 1e9, "matmul": 1e9}, 1, True, results)
+    by_line = {record.variant: record for record in records}
+    assert by_line["wrong"].value is None
+    assert by_line["eager"].value is not None
+    assert "gradient differs from the reference" in capsys.readouterr().err
+
+
+def test_inputs_rotate_through_more_than_the_cache() -> None:
+    for work in kernels.works(CPU, True):
+        sets = kernels.rotation(work, CPU)
+        assert len(sets) >= 2
+        assert not torch.equal(sets[0][0], sets[1][0])  # pyright: ignore[reportArgumentType]
+
+
+def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cpu", "--repeats", "0", "--out", str(tmp_path)]
+    assert kernels.main(flags) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "--repeats: got 0" in error
