@@ -1,4 +1,10 @@
-"""The ring of past keys that serve as negatives."""
+"""The ring of past keys that serve as negatives, whole or shared out over ranks.
+
+Keys arrive in the order of the samples' positions in the global batch, of which rank r of W has r, W + r, 2W + r, …
+(``data.sampling``). So if each rank keeps the latest of its own keys, ⌈K/W⌉ or ⌊K/W⌋ of them, the ranks together hold
+exactly the K latest keys of all, for any K, and nobody sends a key anywhere. The ranks' oldest-first lists interleave
+to that of the whole queue, which is how a checkpoint holds it: independent of the number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cast_fast import distributed
+
 
 class KeyQueue(nn.Module):
     """K normalised keys of length D; new keys replace the oldest.
 
     It starts as random unit vectors (MoCo, He et al. 2020). K need not be a multiple of the batch: rows wrap around.
     ``keys`` (K, D) and ``pointer`` (0-dimensional int64: the row that is written next) are buffers, so a checkpoint of
-    the module holds the whole queue.
+    the module holds the whole queue. After ``shard`` the rows are those of this rank; ``whole`` gives all.
 
     Args:
         size: K, number of keys.
@@ -25,6 +33,7 @@ class KeyQueue(nn.Module):
 
     keys: Tensor
     pointer: Tensor
+    _own_pointer: Tensor
 
     def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
@@ -32,29 +41,89 @@ class KeyQueue(nn.Module):
             raise ValueError(f"key queue: got size {size} and dim {dim}, expected both at least 1")
         self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
+        self._size, self._rank, self._ranks = size, 0, 1
+        self._gathered: tuple[Tensor, Tensor | None] | None = None
 
     def __len__(self) -> int:
-        return self.keys.shape[0]
+        """K, over all ranks."""
+        return self._size
+
+    def shard(self, rank: int, ranks: int) -> None:
+        """Keeps only the rows of one rank; the identity for one rank. To be called once, on the same queue everywhere.
+
+        Raises:
+            ValueError: the queue is shared out already, or has fewer rows than there are ranks.
+        """
+        if ranks == 1:
+            return
+        if self._ranks != 1 or not 0 <= rank < ranks <= self._size:
+            raise ValueError(f"shard: got rank {rank} of {ranks}, expected 0 <= rank < ranks <= {self._size}, once")
+        oldest_first = self.keys.roll(-int(self.pointer), 0)
+        # The newest row belongs to the last rank, the one before to the rank before, …; missing are the very oldest.
+        missing = -self._size % ranks
+        padded = torch.cat([oldest_first[:missing], oldest_first]).view(-1, ranks, self.keys.shape[1])
+        self.keys = padded[1 if rank < missing else 0 :, rank].clone()
+        self.register_buffer("_own_pointer", torch.zeros_like(self.pointer), persistent=False)
+        self._rank, self._ranks = rank, ranks
+
+    def begin_gather(self) -> distributed.Gathering:
+        """Starts to collect the rows of all ranks in the background; see ``finish_gather``."""
+        rows = -(-self._size // self._ranks)
+        if self._gathered is None:
+            missing = -self._size % self._ranks
+            used = torch.ones(self._ranks, rows, dtype=torch.bool, device=self.keys.device)
+            used[:missing, -1] = False
+            self._gathered = (
+                self.keys.new_empty(self._ranks * rows, self.keys.shape[1]),
+                used.flatten().nonzero()[:, 0] if missing else None,
+            )
+        return distributed.Gathering(self._gathered[0], self._padded(self.keys, rows), "queue")
+
+    def finish_gather(self, gathering: distributed.Gathering) -> Tensor:
+        """(K, D): all rows, in an order that is the same on each rank; valid until the next ``begin_gather``."""
+        rows = gathering.wait()
+        assert self._gathered is not None
+        used = self._gathered[1]
+        return rows if used is None else rows[used]
+
+    @staticmethod
+    def _padded(keys: Tensor, rows: int) -> Tensor:
+        return keys if len(keys) == rows else torch.cat([keys, keys[:1]])
+
+    @torch.no_grad()
+    def whole(self) -> dict[str, Tensor]:
+        """``keys`` (K, D) and ``pointer`` as one process would have them; every rank takes part and gets them."""
+        if self._ranks == 1:
+            return {"keys": self.keys, "pointer": self.pointer}
+        rows = -(-self._size // self._ranks)
+        oldest_first = self.keys.roll(-int(self._own_pointer), 0)
+        if len(oldest_first) < rows:
+            oldest_first = torch.cat([oldest_first[:1], oldest_first])
+        every = distributed.all_gather(oldest_first, "queue for a checkpoint").view(self._ranks, rows, -1)
+        oldest_first = every.transpose(0, 1).reshape(self._ranks * rows, -1)[-self._size :]
+        return {"keys": oldest_first.roll(int(self.pointer), 0), "pointer": self.pointer}
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, gate: Tensor | None = None) -> None:
         """Overwrites the N oldest rows with ``keys`` and moves the pointer, without synchronising with the host.
 
         Args:
-            keys: (N, D) normalised keys, N at most K.
+            keys: (N, D) normalised keys of this rank, N at most K over the number of ranks; as many on every rank.
             gate: 0-dimensional bool on the same device; where it is false, rows and pointer stay as they are.
 
         Raises:
             ValueError: more keys than rows, or keys of another length.
         """
-        count, size = keys.shape[0], len(self)
-        if count > size or keys.shape[1:] != self.keys.shape[1:]:
+        count, rows = keys.shape[0], self.keys.shape[0]
+        if count > rows or keys.shape[1:] != self.keys.shape[1:]:
             raise ValueError(f"keys: got shape {tuple(keys.shape)}, expected at most {tuple(self.keys.shape)}")
-        rows = (self.pointer + torch.arange(count, device=self.keys.device)) % size
+        pointer = self.pointer if self._ranks == 1 else self._own_pointer
+        oldest = (pointer + torch.arange(count, device=self.keys.device)) % rows
         keys = keys.to(self.keys.dtype)
-        if gate is None:
-            self.keys.index_copy_(0, rows, keys)
-            self.pointer.add_(count).remainder_(size)
-        else:
-            self.keys.index_copy_(0, rows, torch.where(gate, keys, self.keys[rows]))
-            self.pointer.add_(gate * count).remainder_(size)
+        if gate is not None:
+            keys = torch.where(gate, keys, self.keys[oldest])
+        self.keys.index_copy_(0, oldest, keys)
+        moved = count if gate is None else gate * count
+        pointer.add_(moved).remainder_(rows)
+        if self._ranks > 1:
+            self.pointer.add_(moved * self._ranks).remainder_(self._size)

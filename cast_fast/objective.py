@@ -27,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cast_fast import distributed
 from cast_fast.encoder import EncoderOutput
 
 COMBINATIONS = ("average", "sum")
@@ -74,7 +75,11 @@ class AttentionLosses(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Weighted means over the batch (0-dimensional tensors) and the maps."""
+    """Weighted means over the batch (0-dimensional tensors) and the maps.
+
+    With ``across_ranks`` the mean over ranks of a loss (and of the accuracy) is that of the global batch; numbers of
+    samples are those of this rank.
+    """
 
     loss: Tensor
     """The total to be optimised; the only member with a gradient."""
@@ -244,16 +249,53 @@ def info_nce(
     return -F.logsigmoid(positive - torch.logsumexp(negative, dim=1)), beaten
 
 
-def weighted_mean(values: Tensor, weight: Tensor | None) -> Tensor:
+def sharded_info_nce(
+    query: Tensor, key: Tensor, shard: Tensor, temperature: float, *, kernels: bool = False
+) -> tuple[Tensor, Tensor]:
+    """``info_nce`` against a queue of which each rank holds a part: every rank meets all queries with its own keys.
+
+    Two collectives: queries and keys are all-gathered, and one reduce-scatter brings each sample its sum over all
+    negatives, their weighted sum, from which loss and gradient follow, and the number that beat the positive.
+
+    Args:
+        query: (N, D) normalised, takes the gradient; N the same on every rank.
+        key: (N, D) normalised, no gradient.
+        shard: (K_r, D) normalised, this rank's rows of the queue.
+        temperature: T.
+        kernels: use the fused ``cast_kernels.info_nce_partials``.
+    """
+    import cast_kernels
+    from cast_kernels import reference
+
+    every = distributed.all_gather(torch.stack([query.detach(), key.detach()], dim=1), "queries")
+    partials_of = cast_kernels.info_nce_partials if kernels else reference.info_nce_partials
+    total, weighted, beaten, maximum = partials_of(every[:, 0], every[:, 1], shard, temperature)
+    if not reference.has_fixed_maximum(temperature, shard.dtype):
+        own, maximum = maximum, distributed.all_reduce_max(maximum, "largest logits")
+        rescale = torch.where(own == maximum, 1, (own - maximum).exp())
+        total, weighted = total * rescale, weighted * rescale[:, None]
+    # The count travels as a float: exact for up to 2^24 keys.
+    packed = torch.cat([total[:, None], beaten[:, None].to(total.dtype), weighted], dim=1)
+    mine = distributed.reduce_scatter(packed, "partial sums")
+    first = distributed.rank() * len(query)
+    partials = reference.Partials(mine[:, 0], mine[:, 2:], mine[:, 1].long(), maximum[first : first + len(query)])
+    return reference.info_nce_combine(query, key.detach(), [partials], temperature, shard.dtype)
+
+
+def weighted_mean(values: Tensor, weight: Tensor | None, *, across_ranks: bool = False) -> Tensor:
     """Σ w v / Σ w over the batch; entries of weight 0 contribute nothing, even NaN; 0 where all weights are 0.
 
     Args:
         values: (N,).
         weight: (N,) at least 0, or ``None`` for the plain mean.
+        across_ranks: divide by the mean over ranks of Σ w instead, so that the mean over ranks of the results is the
+            weighted mean over the global batch; N must be the same on every rank.
     """
     if weight is None:
         return values.mean()
     total = weight.sum()
+    if across_ranks and distributed.world_size() > 1:
+        total = distributed.all_reduce(total, "attention weights") / distributed.world_size()
     weighted = torch.where(weight > 0, values, 0) * weight
     return weighted.sum() / torch.where(total > 0, total, 1)
 
@@ -271,6 +313,8 @@ def contrastive_attention_loss(
     attention_weight: Tensor | None = None,
     pullback: Callable[[Tensor], Tensor] | None = None,
     kernels: bool = False,
+    across_ranks: bool = False,
+    sharded: bool = False,
 ) -> Losses:
     """The whole objective from one forward pass of the query encoder.
 
@@ -286,13 +330,16 @@ def contrastive_attention_loss(
         attention_weight: (N,) further factor in the attention loss alone, 1 by default: 0 where a sample has no map.
         pullback: see ``gradcam_weights``.
         kernels: use the fused kernels of ``cast_kernels``.
+        across_ranks: the means are over the global batch; see ``weighted_mean``.
+        sharded: ``queue`` holds this rank's part of the negatives; see ``sharded_info_nce``.
 
     Raises:
         ValueError: an attention loss without masked keys or saliency maps, or shapes that do not fit.
     """
-    per_sample, beaten = info_nce(query.embedding, key, queue, objective.temperature, kernels=kernels)
-    moco = weighted_mean(per_sample, weight)
-    accuracy = weighted_mean((beaten == 0).to(moco.dtype), weight)
+    compare = sharded_info_nce if sharded else info_nce
+    per_sample, beaten = compare(query.embedding, key, queue, objective.temperature, kernels=kernels)
+    moco = weighted_mean(per_sample, weight, across_ranks=across_ranks)
+    accuracy = weighted_mean((beaten == 0).to(moco.dtype), weight, across_ranks=across_ranks)
     if not objective.attention:
         nothing = torch.zeros_like(accuracy)
         return Losses(moco, moco.detach(), nothing, accuracy, nothing, nothing, None)
@@ -309,7 +356,7 @@ def contrastive_attention_loss(
         head, query.pooled, query.projection, query.embedding, masked_key, cells=cells, pullback=pullback
     )
     attention = attention_loss(query.activations, alpha, saliency, weight=share, kernels=kernels)
-    cast = weighted_mean(attention.loss, share)
+    cast = weighted_mean(attention.loss, share, across_ranks=across_ranks)
     cam = attention.cam.detach()
     zero_cam = ((cam.flatten(1).amax(dim=1) == 0) & (share > 0)).sum()
     return Losses(objective.combine(moco, cast), moco.detach(), cast.detach(), accuracy, share.sum(), zero_cam, cam)

@@ -5,6 +5,9 @@ the BatchNorm statistics of its own batch); one pass of the query encoder; losse
 enqueue the keys. Everything up to the losses is one graph under ``torch.compile``; the updates are a few multi-tensor
 kernels. Nothing waits for the device: whether loss and gradient are finite is decided there, and if they are not the
 step leaves weights, BatchNorm statistics, optimizer state and queue bitwise as they were.
+
+With many ranks ``parallel`` computes the losses of each rank's part of the global batch; from the averaged gradients
+and the one all-reduce of the metrics every rank takes the same decision and the same step.
 """
 
 from __future__ import annotations
@@ -17,12 +20,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from cast_fast import distributed
+from cast_fast.encoder import Encoder
 from cast_fast.moco import MoCo
 from cast_fast.objective import Losses, Objective, contrastive_attention_loss
 from cast_fast.optim import make_gateable
 
 if TYPE_CHECKING:
     from cast_fast.data.batch import Batch
+    from cast_fast.parallel import ParallelLosses, RankSettings
 
 log = logging.getLogger("cast_fast")
 
@@ -54,6 +60,15 @@ class StepMetrics(NamedTuple):
     """Samples in the attention loss whose Grad-CAM map is zero everywhere."""
     empty_key_mask: Tensor
     """Samples left out of the attention loss because their key mask has no salient pixel."""
+
+
+class RankReport(NamedTuple):
+    """What else the ranks told each other in a step, on the device like the metrics."""
+
+    bad_ranks: Tensor
+    """(W,) 1 for each rank whose own loss is not finite."""
+    sums: Tensor
+    """(R,) the sum over ranks of the ``report`` that was handed in."""
 
 
 def has_bf16_matrix_hardware(device: torch.device) -> bool:
@@ -115,6 +130,7 @@ class TrainStep:
         compile: compile forward pass and losses as one graph (the first step then takes a minute or more on a CPU).
         kernels: use the fused losses of ``cast_kernels``.
         clip_grad: largest norm of the gradient, 0 for no clipping.
+        ranks: what to do on many ranks (``parallel.RankSettings``); by default, and for one rank, there is no other.
 
     Raises:
         ValueError: an optimizer that is not fused, encoders in different memory formats, or a setting out of range.
@@ -131,6 +147,7 @@ class TrainStep:
         compile: bool = True,
         kernels: bool = False,
         clip_grad: float = 0.0,
+        ranks: RankSettings | None = None,
     ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1]")
@@ -148,19 +165,39 @@ class TrainStep:
         self.kernels = kernels
         self.dtype = resolve_precision(precision, weights.device) if weights.dtype == torch.float32 else weights.dtype
         """Arithmetic of the trunk."""
-        self._losses = torch.compile(step_losses, fullgraph=True, dynamic=False) if compile else step_losses
-        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self._statistics = _Undo([*model.query.buffers(), *model.key.buffers()])
+        self.number = 0
+        """Number of the next step in the run, which decides how key crops are shuffled over ranks."""
+        self.rank_report: RankReport | None = None
+        """Of the last step; ``None`` on one rank."""
         mean, std = (weights.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
         self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._losses = torch.compile(step_losses, fullgraph=True, dynamic=False) if compile else step_losses
+        self._ranks: ParallelLosses | None = None
+        if ranks is not None and ranks.world.size > 1:
+            from cast_fast.parallel import ParallelLosses
+
+            self._ranks = ParallelLosses(
+                model,
+                ranks,
+                objective=objective,
+                dtype=self.dtype,
+                kernels=kernels,
+                compile=compile,
+                scale=self._scale,
+                shift=self._shift,
+            )
+        self._parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._statistics = _Undo([*model.query.buffers(), *model.key.buffers()])
         self._layout_checked = False
 
-    def __call__(self, batch: Batch, lr: float) -> StepMetrics:
+    def __call__(self, batch: Batch, lr: float, report: Tensor | None = None) -> StepMetrics:
         """Takes one step.
 
         Args:
-            batch: N pairs, on the model's device; N at most the size of the queue.
+            batch: N pairs, on the model's device; N times the number of ranks is at most the size of the queue.
             lr: learning rate of this step.
+            report: (R,) on the model's device: numbers to be added up over ranks along with the metrics; the sums are
+                in ``rank_report``. Ignored on one rank.
 
         Raises:
             ValueError: a batch without the maps that the attention loss needs, or larger than the queue.
@@ -168,10 +205,13 @@ class TrainStep:
         attention = self.objective.attention
         if attention and (batch.query_saliency is None or batch.key_mask is None):
             raise ValueError("batch: got no query_saliency or no key_mask, expected both for the attention loss")
-        if len(batch.query) > len(self.model.queue):
-            raise ValueError(f"batch: got {len(batch.query)} samples, expected at most {len(self.model.queue)} (queue)")
+        total = len(batch.query) * distributed.world_size()
+        if total > len(self.model.queue):
+            raise ValueError(f"batch: got {total} samples, expected at most {len(self.model.queue)} (queue)")
         self.optimizer.zero_grad(set_to_none=True)
         self._statistics.save()
+        if self._ranks is not None:
+            return self._take(batch, lr, self._ranks, report)
         losses, keys, empty_key_mask = self._losses(
             self.model,
             batch.query,
@@ -187,12 +227,7 @@ class TrainStep:
         )
         losses.loss.backward()
         loss = losses.loss.detach()
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
-        finite = loss.isfinite() & grad_norm.isfinite()
-        self._optimize(lr, grad_norm, finite)
-        self._statistics.undo_unless(finite)
-        self.model.momentum_update(self.momentum, gate=finite)
-        self.model.queue.enqueue(keys, gate=finite)
+        grad_norm, finite = self._update(loss, keys, lr)
         return StepMetrics(
             loss,
             losses.loss_moco,
@@ -204,6 +239,33 @@ class TrainStep:
             losses.zero_cam,
             empty_key_mask,
         )
+
+    def _take(self, batch: Batch, lr: float, ranks: ParallelLosses, report: Tensor | None) -> StepMetrics:
+        """The step on many ranks: the same, but that losses and counts are those of the global batch."""
+        losses, keys, empty_key_mask = ranks(batch, self.number)
+        self.number += 1
+        losses.loss.backward()
+        size = distributed.world_size()
+        bad = torch.zeros(size, dtype=losses.loss.dtype, device=losses.loss.device)
+        bad[distributed.rank()] = ~losses.loss.detach().isfinite()
+        means = torch.stack([losses.loss.detach(), losses.loss_moco, losses.loss_cast, losses.accuracy]) / size
+        counts = torch.stack([losses.cast_samples, losses.zero_cam, empty_key_mask]).to(means.dtype)
+        report = bad[:0] if report is None else report.to(bad.dtype)
+        sums = distributed.all_reduce(torch.cat([means, counts, bad, report]), "metrics")
+        loss, moco, cast, accuracy, samples, zero_cam, empty = sums[:7].unbind()
+        grad_norm, finite = self._update(loss, keys, lr)
+        self.rank_report = RankReport(sums[7 : 7 + size], sums[7 + size :])
+        return StepMetrics(loss, moco, cast, accuracy, grad_norm, finite, samples, zero_cam, empty)
+
+    def _update(self, loss: Tensor, keys: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """Everything after the backward pass; returns the gradient's norm and whether the step was taken."""
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters if p.grad is not None])
+        finite = loss.isfinite() & grad_norm.isfinite()
+        self._optimize(lr, grad_norm, finite)
+        self._statistics.undo_unless(finite)
+        self.model.momentum_update(self.momentum, gate=finite)
+        self.model.queue.enqueue(keys, gate=finite)
+        return grad_norm, finite
 
     def _optimize(self, lr: float, grad_norm: Tensor, finite: Tensor) -> None:
         """One update by the optimizer: clipped, and suppressed on the device where ``finite`` is false.
@@ -254,32 +316,79 @@ def step_losses(
     Returns:
         the losses, the keys (N, D) to enqueue, and how many samples lost their attention weight to an empty key mask.
     """
-    empty_key_mask = torch.zeros((), dtype=torch.int64, device=query.device)
-    masked_key = None
-    with torch.autocast(query.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        key_images = _normalise(key, scale, shift)
-        with torch.no_grad():
-            keys = model.key(key_images).embedding
-            if key_mask is not None:
-                salient = key_mask > 0
-                masked_key = model.key(torch.where(salient[:, None], key_images, 0)).embedding
-                weight = torch.ones_like(keys[:, 0]) if weight is None else weight
-                empty = ~salient.flatten(1).any(dim=1)
-                empty_key_mask = (empty & (weight > 0)).sum()
-                weight = torch.where(empty, 0, weight)
-        output = model.query(_normalise(query, scale, shift))
-    losses = contrastive_attention_loss(
-        output,
-        model.query.head,
+    keys, masked_key = embed_keys(model.key, key, key_mask, scale, shift, dtype)
+    weight, empty_key_mask = attention_weights(key_mask, weight, keys)
+    losses = query_losses(
+        model.query,
+        query,
         keys,
         model.queue.keys,
+        masked_key,
+        saliency,
+        weight,
+        scale,
+        shift,
+        objective,
+        dtype,
+        kernels,
+    )
+    return losses, keys, empty_key_mask
+
+
+def embed_keys(
+    encoder: Encoder, key: Tensor, key_mask: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """Keys (N, D) and, where there are masks, masked keys (N, D), each pass with its own batch statistics."""
+    with torch.autocast(key.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
+        images = _normalise(key, scale, shift)
+        keys = encoder(images).embedding
+        if key_mask is None:
+            return keys, None
+        return keys, encoder(torch.where((key_mask > 0)[:, None], images, 0)).embedding
+
+
+def attention_weights(key_mask: Tensor | None, weight: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor]:
+    """Weights of the attention loss: zero where the key mask is empty; and how many that cost their weight."""
+    if key_mask is None:
+        return weight, torch.zeros((), dtype=torch.int64, device=like.device)
+    weight = torch.ones_like(like[:, 0]) if weight is None else weight
+    empty = ~(key_mask > 0).flatten(1).any(dim=1)
+    return torch.where(empty, 0, weight), (empty & (weight > 0)).sum()
+
+
+def query_losses(
+    encoder: Encoder,
+    query: Tensor,
+    keys: Tensor,
+    queue: Tensor,
+    masked_key: Tensor | None,
+    saliency: Tensor | None,
+    weight: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    objective: Objective,
+    dtype: torch.dtype,
+    kernels: bool,
+    *,
+    across_ranks: bool = False,
+    sharded: bool = False,
+) -> Losses:
+    """The one pass of the query encoder and the losses; arguments as for ``step_losses``."""
+    with torch.autocast(query.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        output = encoder(_normalise(query, scale, shift))
+    return contrastive_attention_loss(
+        output,
+        encoder.head,
+        keys,
+        queue,
         objective,
         masked_key=masked_key,
         saliency=saliency,
         attention_weight=weight,
         kernels=kernels,
+        across_ranks=across_ranks,
+        sharded=sharded,
     )
-    return losses, keys, empty_key_mask
 
 
 def _normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -314,9 +423,16 @@ class _Undo:
 
     @torch.no_grad()
     def undo_unless(self, keep: Tensor) -> None:
-        """Where ``keep`` (0-dimensional bool) is false, writes the saved values back."""
+        """Where ``keep`` (0-dimensional bool) is false, writes the saved values back.
+
+        With many ranks, what is kept is the ranks' mean: the statistics are then the same on each, whichever rank
+        writes the checkpoint, and an interrupted run has them as an undisturbed one.
+        """
         for live, flat_saved, _, flat_present, present in self._groups:
             torch._foreach_copy_(present, live)
+            if distributed.world_size() > 1 and flat_present.is_floating_point():
+                mean = distributed.all_reduce(flat_present, "running statistics") / distributed.world_size()
+                flat_present.copy_(mean)
             torch.where(keep, flat_present, flat_saved, out=flat_present)
             torch._foreach_copy_(live, present)
 

@@ -1,9 +1,10 @@
 """One global order of samples and everything random about them, as pure functions of the seed and a position.
 
 A run visits positions 0, 1, 2, …: step s of a run whose global batch (all ranks together) is B takes the positions
-s·B … s·B + B − 1, of which rank r owns a contiguous slice. A position fixes which image it shows (by the epoch's
-permutation) and every random number spent on it. So a checkpoint needs the step number alone, and neither the number
-of ranks nor of loader threads changes a sample's crops.
+s·B … s·B + B − 1, of which rank r of W takes every W-th, beginning with the r-th. A position fixes which image it
+shows (by the epoch's permutation) and every random number spent on it. So a checkpoint needs the step number alone, and
+neither the number of ranks nor of loader threads changes a sample's crops. Taken in turns like this, the ranks' own
+queues of keys interleave to the queue of a single process, whatever its size (``key_queue``).
 
 The numbers come from Philox 4×64-10 (J. K. Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011),
 which is counter-based: the words of position p are found without drawing those before it. Only its raw words are
@@ -30,7 +31,7 @@ _WINDOW_DRAWS = WINDOW_SHAPE[0] * WINDOW_SHAPE[1] * WINDOW_SHAPE[2]
 _BLOCKS = -(-(_WINDOW_DRAWS + 2 * AUGMENT_DRAWS) // 4)
 
 # The second word of the Philox key keeps the streams of different purposes apart.
-_ORDER_STREAM, _SAMPLE_STREAM, _REPLACEMENT_STREAM = 1, 2, 3
+_ORDER_STREAM, _SAMPLE_STREAM, _REPLACEMENT_STREAM, _SHUFFLE_STREAM = 1, 2, 3, 4
 
 
 class Draws(NamedTuple):
@@ -66,6 +67,11 @@ def epoch_order(length: int, seed: int, epoch: int) -> NDArray[np.int64]:
         raise ValueError(f"got length={length}, epoch={epoch}, expected neither to be negative")
     # The epoch sits in the counter's upper half, far above any block that a permutation reaches.
     return np.argsort(_words(seed, _ORDER_STREAM, epoch << 128, length), kind="stable")
+
+
+def shuffle_order(length: int, seed: int, step: int) -> NDArray[np.int64]:
+    """The permutation of ``range(length)`` that shuffles the key crops of one step over ranks: (length,) int64."""
+    return np.argsort(_words(seed, _SHUFFLE_STREAM, step << 128, length), kind="stable")
 
 
 def replacement(length: int, seed: int, position: int, attempt: int) -> int:
@@ -144,9 +150,5 @@ class GlobalOrder:
         if step < 0:
             raise ValueError(f"step: got {step}, expected step >= 0")
         epoch, within = divmod(step, self.steps_per_epoch)
-        begin = within * self.global_batch + self.rank * self.batch
-        first = step * self.global_batch + self.rank * self.batch
-        return (
-            self._order(epoch)[begin : begin + self.batch],
-            np.arange(first, first + self.batch, dtype=np.int64),
-        )
+        mine = np.arange(self.rank, self.global_batch, self.world, dtype=np.int64)
+        return self._order(epoch)[within * self.global_batch + mine], step * self.global_batch + mine

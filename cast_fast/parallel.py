@@ -1,0 +1,267 @@
+"""The losses of a step on many ranks: shuffled key crops, a shared queue, averaged gradients.
+
+The order of a step's collectives, all on one process group and the same on every rank:
+
+1. the rank's part of the queue sets out to the others, if the exchange is ``gather``; it travels while the key encoder
+   computes;
+2. shuffled BatchNorm: uint8 key crops and masks go to random ranks (one all-to-all), are embedded there, and the
+   embeddings come back (another one), so that BatchNorm cannot tell a query's key from the batch it was in (MoCo, He et
+   al. 2020). Masked keys are formed after the shuffle. Four bytes a pixel leave a rank once, where the usual all-gather
+   of float images sends 12·W;
+3. query forward and losses, under DistributedDataParallel; with the exchange ``reduce`` queries and keys are gathered
+   and partial sums come back in its midst;
+4. backward: DistributedDataParallel averages the gradients bucket by bucket. Under ``torch.compile`` Dynamo's
+   DDPOptimizer cuts the one captured graph at bucket boundaries, so that a bucket travels while the backward pass of
+   earlier layers goes on;
+5. the step's metrics, with which every rank learns of every other's trouble.
+
+Key encoder and losses are two compiled graphs here, where one rank has one; each is captured whole (``fullgraph``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from cast_fast import distributed
+from cast_fast.data.sampling import shuffle_order
+from cast_fast.distributed import World
+from cast_fast.encoder import Encoder
+from cast_fast.moco import MoCo
+from cast_fast.objective import Objective
+from cast_fast.step import attention_weights, embed_keys, query_losses
+from cast_fast.sync_batch_norm import synchronise_batch_norm
+
+if TYPE_CHECKING:
+    from cast_fast.data.batch import Batch
+
+KEY_BATCH_NORMS = ("shuffle", "sync", "local")
+QUERY_BATCH_NORMS = ("local", "sync")
+COMPRESSIONS = {"none": None, "bf16": torch.bfloat16}
+
+
+@dataclasses.dataclass(frozen=True)
+class RankSettings:
+    """What there is to choose on many ranks.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+
+    world: World = World()
+    key_bn: str = "shuffle"
+    """BatchNorm of the key encoder: over shuffled samples, over all ranks, or over the rank's own samples."""
+    query_bn: str = "local"
+    """BatchNorm of the query encoder: over the rank's own samples, or over all ranks."""
+    exchange: str = "auto"
+    """See ``distributed.EXCHANGES``."""
+    compression: str = "none"
+    """``bf16``: gradients travel in bfloat16."""
+    seed: int = 0
+    """Of the shuffling."""
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("key_bn", KEY_BATCH_NORMS),
+            ("query_bn", QUERY_BATCH_NORMS),
+            ("exchange", distributed.EXCHANGES),
+            ("compression", tuple(COMPRESSIONS)),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
+
+
+class RankLosses(NamedTuple):
+    """What ``ParallelLosses`` returns; the mean over ranks of a loss is that of the global batch."""
+
+    loss: Tensor
+    loss_moco: Tensor
+    loss_cast: Tensor
+    accuracy: Tensor
+    cast_samples: Tensor
+    zero_cam: Tensor
+
+
+class ParallelLosses:
+    """Forward passes and losses of this rank's part of the global batch.
+
+    Args:
+        model: on its device, the same on every rank. Its queue is shared out here (unless it is already), and its
+            BatchNorm synchronised where ``settings`` say so.
+        settings: see there.
+        objective, dtype, kernels, compile, scale, shift: as for ``step.TrainStep`` and ``step.step_losses``.
+    """
+
+    def __init__(
+        self,
+        model: MoCo,
+        settings: RankSettings,
+        *,
+        objective: Objective,
+        dtype: torch.dtype,
+        kernels: bool,
+        compile: bool,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> None:
+        world = settings.world
+        if distributed.world_size() != world.size:
+            raise ValueError(f"world: got size {world.size}, expected the {distributed.world_size()} of the group")
+        if settings.key_bn == "sync":
+            synchronise_batch_norm(model.key)
+        if settings.query_bn == "sync":
+            synchronise_batch_norm(model.query)
+        model.queue.shard(world.rank, world.size)
+        self._model, self._settings = model, settings
+        self._scale, self._shift, self._dtype = scale, shift, dtype
+        self._attention = objective.attention
+        self._exchange: str | None = None
+        self._embed = torch.compile(embed_keys, fullgraph=True, dynamic=False) if compile else embed_keys
+        self._region = _Region(model.query, objective, dtype, kernels, compile, scale, shift)
+        # Statistics are averaged by the step itself. torch renames the flag; older versions know the old name only.
+        renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+        buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
+        self._parallel = DistributedDataParallel(
+            self._region,
+            gradient_as_bucket_view=True,
+            static_graph=True,
+            **buffers,
+        )
+        # A function without annotations: torch compares them with types, and ours are strings.
+        self._parallel.register_comm_hook(
+            COMPRESSIONS[settings.compression], lambda state, bucket: distributed.gradient_hook(state, bucket)
+        )
+        self._group, self._members = None, world.size
+        if settings.key_bn == "shuffle":
+            self._members = distributed.subgroup_size(world.size)
+            if self._members < world.size:
+                self._group, _ = dist.new_subgroups(self._members)
+
+    def exchange(self, batch: int) -> str:
+        """How the ranks compare N queries each with the queue: ``gather`` or ``reduce``."""
+        queue = self._model.queue
+        return distributed.choose_exchange(
+            self._settings.exchange, batch, len(queue), queue.keys.shape[1], self._settings.world.size
+        )
+
+    def __call__(self, batch: Batch, step: int) -> tuple[RankLosses, Tensor, Tensor]:
+        """Takes the forward pass of one step.
+
+        Args:
+            batch: of this rank, N pairs; N the same on every rank.
+            step: number of the step in the run, which decides the shuffle.
+
+        Returns:
+            losses, the keys (N, D) of this rank's samples, and its number of empty key masks.
+        """
+        if self._exchange is None:
+            self._exchange = self.exchange(len(batch.query))
+        queue = self._model.queue
+        gathering = queue.begin_gather() if self._exchange == "gather" else None
+        key_mask = batch.key_mask if self._attention else None
+        if self._settings.key_bn == "shuffle":
+            keys, masked_key = self._embed_shuffled(batch.key, key_mask, step)
+        else:
+            keys, masked_key = self._embed(self._model.key, batch.key, key_mask, self._scale, self._shift, self._dtype)
+        weight, empty = attention_weights(key_mask, batch.weight if self._attention else None, keys)
+        rows = queue.keys if gathering is None else queue.finish_gather(gathering)
+        saliency = batch.query_saliency if self._attention else None
+        losses = self._parallel(batch.query, keys, rows, masked_key, saliency, weight, gathering is None)
+        return RankLosses(*losses), keys, empty
+
+    def _embed_shuffled(self, key: Tensor, key_mask: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
+        plan = shuffle_plan(self._settings.seed, step, len(key), self._settings.world.rank, self._members)
+        order = plan.order.to(key.device, non_blocking=True)
+        pixels = key.permute(0, 2, 3, 1)
+        if key_mask is not None:
+            pixels = torch.cat([pixels, key_mask[..., None]], dim=3)
+        there = distributed.all_to_all(pixels[order], plan.send, plan.receive, "key shuffle", self._group)
+        crops = there[..., :3].contiguous().permute(0, 3, 1, 2)
+        masks = None if key_mask is None else there[..., 3].contiguous()
+        keys, masked_key = self._embed(self._model.key, crops, masks, self._scale, self._shift, self._dtype)
+        embeddings = keys if masked_key is None else torch.cat([keys, masked_key], dim=1)
+        back = distributed.all_to_all(embeddings, plan.receive, plan.send, "key return", self._group)
+        embeddings = torch.empty_like(back).index_copy_(0, order, back)
+        if masked_key is None:
+            return embeddings, None
+        keys, masked_key = embeddings.tensor_split(2, dim=1)
+        return keys.contiguous(), masked_key.contiguous()
+
+
+class ShufflePlan(NamedTuple):
+    """Which of a rank's samples goes where in one step."""
+
+    order: Tensor
+    """(N,) int64 on the CPU (pinned where there is CUDA): this rank's samples, sorted by the rank they go to."""
+    send: list[int]
+    """Samples for each rank of the group."""
+    receive: list[int]
+    """Samples from each rank of the group; they too add up to N."""
+
+
+def shuffle_plan(seed: int, step: int, count: int, rank: int, members: int) -> ShufflePlan:
+    """The shuffle of one step: a pure function of seed and step, so ranks agree without a word and a resumed run too.
+
+    Args:
+        seed: of the run.
+        step: number of the step.
+        count: N, samples a rank.
+        rank: this rank among all; groups are runs of ``members`` ranks.
+        members: ranks that shuffle among themselves.
+    """
+    target = shuffle_order(count * members, seed, step) // count
+    mine = target.reshape(members, count)
+    place = rank % members
+    order = torch.from_numpy(mine[place].argsort(kind="stable"))
+    if torch.cuda.is_available():
+        order = order.pin_memory()
+    send = [int((mine[place] == other).sum()) for other in range(members)]
+    receive = [int((mine[other] == place).sum()) for other in range(members)]
+    return ShufflePlan(order, send, receive)
+
+
+class _Region(nn.Module):
+    """What DistributedDataParallel sees: one forward pass of the query encoder, with everything up to the losses."""
+
+    def __init__(
+        self,
+        query: Encoder,
+        objective: Objective,
+        dtype: torch.dtype,
+        kernels: bool,
+        compile: bool,
+        scale: Tensor,
+        shift: Tensor,
+    ) -> None:
+        super().__init__()
+        self.query = query
+        self._settings: tuple[Any, ...] = (scale, shift, objective, dtype, kernels)
+        self._losses = torch.compile(_rank_losses, fullgraph=True, dynamic=False) if compile else _rank_losses
+
+    def forward(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        queue: Tensor,
+        masked_key: Tensor | None,
+        saliency: Tensor | None,
+        weight: Tensor | None,
+        sharded: bool,
+    ) -> RankLosses:
+        """Arguments as for ``step.query_losses``."""
+        return self._losses(
+            self.query, query, keys, queue, masked_key, saliency, weight, *self._settings, sharded=sharded
+        )
+
+
+def _rank_losses(*arguments: Any, sharded: bool) -> RankLosses:
+    losses = query_losses(*arguments, across_ranks=True, sharded=sharded)
+    return RankLosses(
+        losses.loss, losses.loss_moco, losses.loss_cast, losses.accuracy, losses.cast_samples, losses.zero_cam
+    )

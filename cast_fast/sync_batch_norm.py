@@ -1,0 +1,69 @@
+"""BatchNorm with the statistics of all ranks' samples, on GPUs and CPUs, inside one compiled graph.
+
+torch's own ``nn.SyncBatchNorm`` refuses CPU tensors, where the tests run.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from cast_fast import distributed
+
+
+class SyncBatchNorm2d(nn.BatchNorm2d):
+    """``nn.BatchNorm2d`` over the global batch; in eval mode, and on one rank, it is that very module.
+
+    Ranks exchange mean and variance (one all-gather forward, one reduce-scatter backward) and join them as Chan et al.
+    (1979) do for equal counts, which does not cancel where the mean is large against the spread.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, C, H, W), n the same on every rank → the same shape and dtype; statistics in float32 or wider."""
+        if not self.training or distributed.world_size() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        with torch.autocast(input.device.type, enabled=False):
+            values = input.to(torch.promote_types(input.dtype, torch.float32))
+            variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
+            statistics = distributed.all_gather(torch.stack([mean, variance])[None], "BatchNorm statistics")
+            means, variances = statistics.unbind(1)
+            mean = means.mean(0)
+            variance = variances.mean(0) + (means - mean).square().mean(0)
+            if self.running_mean is not None and self.running_var is not None:
+                count = input.numel() // input.shape[1] * distributed.world_size()
+                self._update(mean.detach(), variance.detach() * (count / (count - 1)))
+            factor = torch.rsqrt(variance + self.eps)
+            if self.affine:
+                factor = factor * self.weight
+            result = (values - mean[:, None, None]) * factor[:, None, None]
+            if self.affine:
+                result = result + self.bias[:, None, None]
+        return result.to(input.dtype)
+
+    def _update(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None and self.running_var is not None
+        assert self.num_batches_tracked is not None and self.momentum is not None
+        with torch.no_grad():
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+
+
+def synchronise_batch_norm(module: nn.Module) -> None:
+    """Turns every ``nn.BatchNorm2d`` below ``module`` into a ``SyncBatchNorm2d`` with the same tensors.
+
+    Raises:
+        ValueError: another kind of BatchNorm, for instance one in a head, or one without momentum.
+    """
+    for parent in list(module.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SyncBatchNorm2d) or not isinstance(child, nn.modules.batchnorm._BatchNorm):
+                continue
+            if not isinstance(child, nn.BatchNorm2d) or child.momentum is None:
+                raise ValueError(f"{name}: got {child}, expected nn.BatchNorm2d with a momentum")
+            twin = SyncBatchNorm2d(
+                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats, device="meta"
+            )
+            twin._parameters, twin._buffers = child._parameters, child._buffers
+            setattr(parent, name, twin.train(child.training))
