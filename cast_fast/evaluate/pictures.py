@@ -27,7 +27,8 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from cast_fast.data import layout
+from cast_fast.data import layout, shards
+from cast_fast.data.pack_sample import decode_stored
 from cast_fast.errors import UserError
 from cast_fast.evaluate.figures import Picture
 
@@ -71,7 +72,7 @@ class Pictures(Protocol):
 
 
 class FolderPictures:
-    """Layout (a): folders of images and maps, validated by ``data.layout``."""
+    """Layout (a), validated by ``data.layout``, or shards with an index, which ``prepare`` has written."""
 
     def __init__(self, dataset: layout.Dataset) -> None:
         self.dataset = dataset
@@ -91,20 +92,20 @@ class FolderPictures:
         path = self.dataset.samples[index].saliency
         if path is None:
             return None
-        with Image.open(io.BytesIO(layout.read_bytes(path))) as opened:
-            return np.asarray(opened.convert("L"))
+        return decode_stored(layout.read_bytes(path), str(path).rpartition(".")[2])
 
     def fingerprint(self) -> str:
         """Hash over stems, sizes and the files' times of change."""
         digest = hashlib.sha256(self.dataset.fingerprint().encode())
         for sample in self.dataset.samples:
-            status = sample.image.stat()
+            file = sample.image.shard if isinstance(sample.image, layout.Member) else sample.image
+            status = file.stat()
             digest.update(f"{status.st_size} {status.st_mtime_ns}\n".encode())
         return digest.hexdigest()
 
 
 class ShardPictures:
-    """Layout (b): WebDataset shards, ``KEY.jpg``, ``KEY.saliency.{png,jpg,npy}``, ``KEY.cls`` in ``*.tar``.
+    """Layout (b) without our index: ``KEY.jpg``, ``KEY.saliency.{png,jpg,npy}``, ``KEY.cls`` in WebDataset ``*.tar``.
 
     Args:
         folder: holds the shards.
@@ -255,7 +256,12 @@ def open_pictures(
         images, saliency, data = (Path(v) if (v := known.get(n)) else None for n in ("images", "saliency", "data"))
         logger.info("dataset of the run: %s", images or data)
     pictures: Pictures
-    if data is not None:
+    on_empty = "skip" if need_maps else "unconstrained"
+    if data is not None and (data / shards.MANIFEST).exists():
+        packed = shards.scan_shards(data, labels=labels)
+        pictures = FolderPictures(layout.usable(packed, skip_invalid=True, on_empty_saliency=on_empty))
+        keep = range(len(pictures))
+    elif data is not None:
         pictures = ShardPictures(data, None if labels is None else layout.read_labels(labels))
         keep = range(len(pictures))
         if need_maps:
@@ -267,7 +273,7 @@ def open_pictures(
         if need_maps and saliency is None:
             raise UserError("--saliency is missing: this command measures against saliency maps")
         dataset = layout.scan(images, saliency, labels=labels, progress=sys.stderr.isatty())
-        usable = layout.usable(dataset, skip_invalid=True, on_empty_saliency="skip" if need_maps else "unconstrained")
+        usable = layout.usable(dataset, skip_invalid=True, on_empty_saliency=on_empty)
         pictures = FolderPictures(usable)
         keep = range(len(pictures))
     if need_labels:
