@@ -15,7 +15,7 @@ from torch import nn
 from cast_fast import cli
 from cast_fast.encoder import Encoder, build_trunk
 from cast_fast.errors import UserError
-from cast_fast.evaluate import backgrounds, backgrounds_make
+from cast_fast.evaluate import backgrounds, backgrounds_make, figures
 from cast_fast.evaluate.backgrounds import Answers, Challenge, Judge, Report, Variant
 from cast_fast.evaluate.backgrounds_make import Cutout, draw_backgrounds, square_around, strip_beside, tile_over
 from cast_fast.evaluate.weights import IdentityHead, Model
@@ -34,8 +34,8 @@ def channel_model(classes: tuple[str, ...] | None = ("red", "green", "blue")) ->
     return Model("channels", "none", encoder, None, classifier, classes, 8, {})
 
 
-def judge(batch: int = 4) -> Judge:
-    return Judge(channel_model(), np.arange(3), torch.device("cpu"), batch)
+def judge(batch: int = 4, device: torch.device | str = "cpu") -> Judge:
+    return Judge(channel_model(), np.arange(3), torch.device(device), batch)
 
 
 def brute_force(foregrounds, masks, labels, scenery) -> np.ndarray:
@@ -67,11 +67,11 @@ def fight(referee: Judge, arena, order: np.ndarray) -> Challenge:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 16, 1000])
-def test_challenge_equals_the_official_loop_for_any_batch_and_order(arena, batch):
+def test_challenge_equals_the_official_loop_for_any_batch_and_order(arena, batch, device):
     expected = brute_force(*arena)
     assert 0 < expected.sum() < 11
     for order in (np.arange(7), np.arange(7)[::-1].copy(), np.random.default_rng(0).permutation(7)):
-        found = fight(judge(batch), arena, order)
+        found = fight(judge(batch, device), arena, order)
         assert np.array_equal(found.vulnerable, expected)
         assert np.array_equal(found.breaker >= 0, expected) and np.array_equal(found.answer > -2, expected)
 
@@ -139,6 +139,31 @@ def test_changed_decisions_pair_variants_by_foreground():
         [report], {"original": original, "mixed_rand": mixed}, ["original", "mixed_rand"]
     )
     assert found == [(("00_red", "a"), [0, 0])]
+
+
+def test_tiles_of_the_decision_sheet_are_the_images(arena):
+    foregrounds, masks, labels, scenery = arena
+    stems = [f"s{i}" for i in range(11)]
+    variants = {name: variant(name, labels.tolist(), stems) for name in ("original", "mixed_rand")}
+    images = {"original": foregrounds, "mixed_rand": foregrounds.flip(3), "only_bg_t": scenery}
+    said = {"original": answers(labels.tolist()), "mixed_rand": answers([2] * 11)}
+    fought = fight(judge(), arena, np.arange(7))
+    names = [(variants["original"].classes[label], stem) for label, stem in zip(labels, stems)]
+    objects = backgrounds.Foregrounds(names, foregrounds, masks, labels)
+    reports = [Report(channel_model(), said, fought)]
+    sheet = backgrounds.decision_sheet(reports, variants, images, objects, 20)
+    shown = backgrounds.changed_decisions(reports, variants, ["original", "mixed_rand"])
+    assert len(sheet.rows) == len(shown) == (labels != 2).sum() and len(sheet.columns) == 3
+    for row, ((_, stem), (first, second)) in enumerate(shown):
+        index = stems.index(stem)
+        assert (first, second) == (index, index)
+        pasted = torch.where(masks[index], foregrounds[index], scenery[int(fought.breaker[index])])
+        expected = [foregrounds[index], foregrounds[index].flip(2), pasted if fought.vulnerable[index] else None]
+        for tile, image in zip(sheet.rows[row].tiles, expected):
+            assert (tile is None) == (image is None)
+            if tile is not None and image is not None:
+                assert np.array_equal(tile, figures.fit(backgrounds.picture(image), 150, 150))
+        assert [caption.text for caption in sheet.rows[row].captions[1]] == ["blue 50%"]
 
 
 def test_outputs_are_matched_by_class_names():

@@ -102,12 +102,13 @@ def random_pairs(count: int, size: int = 32) -> list[Pair]:
 
 
 @pytest.mark.parametrize("head", ["linear", "mlp", "none"])
-def test_attention_is_grad_cam_by_automatic_differentiation(head):
+def test_attention_is_grad_cam_by_automatic_differentiation(head, device):
     torch.manual_seed(9)
     heads = {"linear": lambda: LinearHead(6, 4), "mlp": lambda: MLPHead(6, 4), "none": IdentityHead}
     query, key = small_encoder(heads[head](), 1), small_encoder(heads[head](), 2)
     pairs = random_pairs(5)
-    found = attend(query, key, pairs, CPU)
+    found = attend(query.to(device), key.to(device), pairs, device)
+    query, key = query.cpu(), key.cpu()
     images = torch.from_numpy(np.stack([p.query for p in pairs])).permute(0, 3, 1, 2)
     keys = normalise(torch.from_numpy(np.stack([p.key for p in pairs])).permute(0, 3, 1, 2))
     masks = torch.from_numpy(np.stack([p.key_mask for p in pairs]))[:, None]

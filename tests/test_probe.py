@@ -87,6 +87,14 @@ def test_image_and_map_are_cut_alike():
     assert pictures.cut_map(np.full((2, 2), 127, np.uint8), (0, 0, 1, 1), 4).sum() == 0
 
 
+def test_results_go_into_the_first_run_or_beside_the_first_file(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "weights.pth").touch()
+    assert pictures.output_folder(None, tmp_path / "run", "probe") == tmp_path / "run" / "probe"
+    assert pictures.output_folder(None, tmp_path / "weights.pth", "probe") == tmp_path / "probe"
+    assert pictures.output_folder(Path("x"), tmp_path / "run", "probe") == Path("x")
+
+
 def test_central_box_is_the_usual_one():
     assert pictures.central_box(256, 256) == (1 / 16, 1 / 16, 15 / 16, 15 / 16)
     top, left, bottom, right = pictures.central_box(400, 200)
@@ -242,6 +250,18 @@ def test_knn_by_hand():
     three = knn.knn_scores(train, labels, test, 2, k=3, temperature=0.5)
     assert three[0].tolist() == pytest.approx([1.0, math.exp(-0.2 / 0.5) + math.exp(-1 / 0.5)])
     assert knn.knn_scores(train, labels, test, 2, k=50, temperature=1e-3).isfinite().all()
+
+
+def test_classifiers_are_the_same_on_every_device(device):
+    generator = torch.Generator().manual_seed(2)
+    x, labels = torch.randn(60, 7, generator=generator), torch.arange(60) % 3
+    here = linear_probe.fit_linear(x, labels, 3, 0.1, epochs=5)
+    there = linear_probe.fit_linear(x.to(device), labels.to(device), 3, 0.1, epochs=5)
+    assert torch.allclose(here(x), there.cpu()(x), atol=1e-3)
+    votes = knn.knn_scores(x.to(device), labels.to(device), x.to(device), 3, k=5)
+    assert torch.allclose(votes.cpu(), knn.knn_scores(x, labels, x, 3, k=5), atol=1e-3)
+    found = linear_probe.sweep(x.to(device), labels.to(device), 3, rates=(0.01, 0.1), epochs=5)
+    assert len(found.accuracy) == 2
 
 
 def test_linear_layers_take_raw_features_and_all_rates_are_independent():

@@ -36,7 +36,7 @@ from torch import Tensor
 from cast_fast.errors import UserError
 from cast_fast.evaluate import figures
 from cast_fast.evaluate.figures import Caption, Picture, Sheet, Swatch
-from cast_fast.evaluate.pictures import batches, progress
+from cast_fast.evaluate.pictures import batches, output_folder, progress
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
 
@@ -573,7 +573,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``cast-fast backgrounds``."""
     parser.add_argument("model", nargs="+", type=Path, metavar="MODEL", help="classifiers; or runs, see --probe-on")
     parser.add_argument("root", type=Path, metavar="ROOT", help="folder of the variants")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results and pictures go")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results and pictures go; else backgrounds/ in the first run"
+    )
     parser.add_argument("--mapping", type=Path, metavar="FILE", help=f"{MAPPING}, if not in or beside ROOT")
     parser.add_argument(
         "--probe-on",
@@ -617,6 +619,7 @@ def main(args: argparse.Namespace) -> int:
         foregrounds = read_foregrounds(args.root, variants["original"], text="reading foregrounds")
     reports = [measure(m, variants, images, foregrounds, mapping, device, args.batch) for m in models]
 
+    args.out = output_folder(args.out, args.model[0], "backgrounds")
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"root": str(args.root), "models": {}, "differences": {}}
     for report in reports:

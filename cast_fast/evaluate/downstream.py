@@ -14,7 +14,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from cast_fast.evaluate.pictures import (
     cut,
     cut_map,
     open_pictures,
+    output_folder,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean, sign_test
 from cast_fast.evaluate.weights import Model, load_classifier, normalise, unique_names
@@ -70,23 +71,36 @@ class Decision:
     """(h, w) Grad-CAM of the true class."""
 
 
-def class_rows(model: Model, labels: Sequence[str]) -> dict[str, list[int]]:
+def class_rows(
+    model: Model, labels: Sequence[str], mapping: Mapping[str, Sequence[str | int]] | None = None
+) -> dict[str, list[int]]:
     """Outputs of a classifier that stand for each label: by name, or by number where it has no names.
 
     A name that occurs more than once (ImageNet has two cranes) stands for all its outputs.
 
+    Args:
+        model: the classifier.
+        labels: of the pictures.
+        mapping: for labels that are none of its classes, the classes that count as right, by name or number:
+            ``{"dog": ["golden retriever", 208]}``.
+
     Raises:
-        UserError: a label is none of its classes.
+        UserError: a label is none of its classes and is not mapped to any.
     """
     assert model.classifier is not None
     names = model.classes or tuple(str(number) for number in range(model.classifier.out_features))
     lower = [name.lower() for name in names]
     rows = {}
     for label in sorted(set(labels)):
-        rows[label] = [i for i, name in enumerate(lower) if name == label.lower()]
+        own = [label] if label.lower() in lower else (mapping or {}).get(label, [])
+        wanted = {entry if isinstance(entry, int) else entry.lower() for entry in own}
+        rows[label] = [i for i, name in enumerate(lower) if name in wanted or i in wanted]
         if not rows[label]:
             shown = ", ".join(names[:5])
-            raise UserError(f"{model.name}: no class is called {label!r}; its {len(names)} classes begin with {shown}")
+            raise UserError(
+                f"{model.name}: no class is called {label!r}, and --mapping names none for it; its {len(names)} "
+                f"classes begin with {shown}"
+            )
     return rows
 
 
@@ -176,9 +190,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("first", type=Path, metavar="A", help="file of a classifier")
     parser.add_argument("second", type=Path, metavar="B", help="file of another one")
     add_dataset_arguments(parser, labels=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where sheets and numbers go")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where sheets and numbers go; else downstream/ in the first run"
+    )
     parser.add_argument(
         "--only", type=Path, metavar="CSV", help="file with a column stem: look at these pictures alone"
+    )
+    parser.add_argument(
+        "--mapping",
+        type=Path,
+        metavar="JSON",
+        help="label → classes that count as right, by name or number, for classifiers that lack the label",
     )
     parser.add_argument("--rows", type=int, default=8, help="pictures on a sheet")
     parser.add_argument("--size", type=int, default=0, help="side of the crops; 0 for that of A's training")
@@ -202,7 +224,8 @@ def main(args: argparse.Namespace) -> int:
     pictures = open_pictures(args.images, args.saliency, args.data, labels=args.labels, need_labels=True)
     chosen = _chosen(pictures, args.only)
     labels = [str(pictures.labels[i]) for i in chosen]
-    rows = [class_rows(model, labels) for model in models]
+    mapping = None if args.mapping is None else _read_mapping(args.mapping)
+    rows = [class_rows(model, labels, mapping) for model in models]
 
     decisions: list[list[Decision]] = [[], []]
     scores: list[list[dict[str, float]]] = [[], []]
@@ -213,6 +236,7 @@ def main(args: argparse.Namespace) -> int:
             decisions[number] += said
             scores[number] += [score(d.cam, v.mask) if v.mask is not None else {} for d, v in zip(said, views)]
     results = _results(models, decisions, scores, args)
+    args.out = output_folder(args.out, args.first, "downstream")
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "downstream.json").write_text(json.dumps(results, indent=2) + "\n")
     _write_csv(args.out / "downstream.csv", pictures, chosen, models, decisions, scores)
@@ -229,6 +253,16 @@ def main(args: argparse.Namespace) -> int:
     _print(results, models)
     print("\n".join(map(str, written)))
     return 0
+
+
+def _read_mapping(path: Path) -> dict[str, list[str | int]]:
+    try:
+        mapping = json.loads(path.read_text())
+        if not all(isinstance(own, list) and all(type(e) in (int, str) for e in own) for own in mapping.values()):
+            raise ValueError("a label is not mapped to a list of names or numbers")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"--mapping: {path} is no JSON object of lists ({error})") from None
+    return mapping
 
 
 def _chosen(pictures: Pictures, only: Path | None) -> list[int]:

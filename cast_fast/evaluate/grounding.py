@@ -57,6 +57,7 @@ from cast_fast.evaluate.pictures import (
     cut,
     cut_map,
     open_pictures,
+    output_folder,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, normalise, unique_names
@@ -432,7 +433,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``cast-fast grounding``."""
     parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run folders, checkpoints or files of weights")
     add_dataset_arguments(parser, labels=False)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where sheets and numbers go")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where sheets and numbers go; else grounding/ in the first run"
+    )
     parser.add_argument("--limit", type=int, default=0, metavar="N", help="pictures to measure, evenly spaced; 0: all")
     parser.add_argument("--rows", type=int, default=8, help="pictures on a sheet")
     parser.add_argument("--sheets", type=int, default=2, help="number of sheets, pictures evenly spaced")
@@ -479,6 +482,7 @@ def main(args: argparse.Namespace) -> int:
         "tolerance": args.tolerance,
     }
     measured = measure(models, pictures, batch=args.batch, **shared)
+    args.out = output_folder(args.out, args.run[0], "grounding")
     args.out.mkdir(parents=True, exist_ok=True)
     about = {**shared, "device": str(device), "rule": dataclasses.asdict(rule), "resamples": args.resamples}
     results = {

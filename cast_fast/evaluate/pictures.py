@@ -223,6 +223,13 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, *, labels: bool) -> N
         parser.add_argument("--labels", type=Path, metavar="CSV", help="file with columns stem,class")
 
 
+def output_folder(out: Path | None, first: Path, name: str) -> Path:
+    """``--out``, or a folder of that name in the first run folder, or beside the first file."""
+    if out is not None:
+        return out
+    return (first if first.is_dir() else first.parent) / name
+
+
 def open_pictures(
     images: Path | None,
     saliency: Path | None,

@@ -28,7 +28,7 @@ from cast_fast.errors import UserError
 from cast_fast.evaluate import finetune, knn, linear_probe
 from cast_fast.evaluate.features import default_cache, extract
 from cast_fast.evaluate.linear_probe import Sweep, hold_out
-from cast_fast.evaluate.pictures import Pictures, add_dataset_arguments, open_pictures, read_split
+from cast_fast.evaluate.pictures import Pictures, add_dataset_arguments, open_pictures, output_folder, read_split
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
 from cast_fast.export import describe, save_safetensors, trunk_state
@@ -93,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``cast-fast probe``."""
     parser.add_argument("run", nargs="+", type=Path, metavar="RUN", help="run folders, checkpoints or files of weights")
     add_dataset_arguments(parser, labels=True)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where results and classifiers go")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where results and classifiers go; else probe/ in the first run"
+    )
     parser.add_argument("--test-share", type=float, default=0.3, help="share of test pictures, without a column split")
     parser.add_argument("--k", type=int, default=knn.NEIGHBOURS, help="nearest neighbours")
     parser.add_argument("--knn-temperature", type=float, default=knn.TEMPERATURE, help="of the neighbours' votes")
@@ -145,6 +147,7 @@ def main(args: argparse.Namespace) -> int:
         "differences": {},
     }
     predicted: dict[str, dict[str, NDArray[np.int64]]] = {}
+    args.out = output_folder(args.out, args.run[0], "probe")
     args.out.mkdir(parents=True, exist_ok=True)
     for model in models:
         folder = args.out if len(models) == 1 else args.out / model.name
