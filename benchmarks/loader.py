@@ -9,6 +9,9 @@ from the same ranges, the same colour changes:
 ``native``, ``numpy``
     The product's loader, windows by the native operator or by NumPy. On CUDA further lines vary the threads and the
     share of JPEGs that the decoding engines take (``native-t8-hw0.9``).
+``packed``, ``packed-256``
+    The product's loader on the same dataset in shards (``cast-fast prepare``): images byte for byte and maps at the
+    default size; and with images shrunk to a shorter side of 256, which is other work, on purpose.
 ``torchvision``, ``albumentations``
     A ``torch.utils.data.DataLoader`` with as many worker processes as the others have threads: files decoded, cropped,
     resized, flipped and coloured by torchvision's v2 functions on uint8 tensors, or by OpenCV and albumentations.
@@ -43,11 +46,11 @@ from cast_fast.data import layout, sampling
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows
 from cast_fast.errors import UserError
 
-PRODUCT = ("native", "numpy")
+PRODUCT = ("native", "numpy", "packed")
 PEERS = ("torchvision", "albumentations")
 STAGES = ("draws", "read", "decode", "map", "windows", "resize", "targets", "colour", "hand-over")
-GOALS = {"windows": 4.0}
-"""Windows by the native operator against NumPy's, in CPU time."""
+GOALS = {"windows": 4.0, "packed": 1.5}
+"""In CPU time: windows by the native operator against NumPy's, and packed data against folders."""
 
 TURN = 4
 """Batches in one timed turn. Before it the lines that ran earlier are left to fill their queues, lest their CPU time be
@@ -68,6 +71,8 @@ class Plan:
     repeats: int
     lines: tuple[str, ...]
     augmentation: Any
+    shards: Path
+    """Where packed copies of the dataset are kept."""
     rule: CropRule = dataclasses.field(default_factory=CropRule)
 
     @property
@@ -429,6 +434,13 @@ def rate_lines(plan: Plan) -> dict[str, harness.Line]:
 
         return build
 
+    def packed(short_side: int) -> harness.Line:
+        def build() -> Callable[[], object]:
+            loader = product_loader(dataclasses.replace(plan, dataset=packed_dataset(plan, short_side)))
+            return _turn(lambda: next(loader), plan)
+
+        return build
+
     def peer(name: str) -> harness.Line:
         def build() -> Callable[[], object]:
             if importlib.util.find_spec(name) is None:
@@ -441,6 +453,8 @@ def rate_lines(plan: Plan) -> dict[str, harness.Line]:
     lines: dict[str, harness.Line] = {
         "native": product(native=True),
         "numpy": product(native=False),
+        "packed": packed(0),
+        "packed-256": packed(256),
         "torchvision": peer("torchvision"),
         "albumentations": peer("albumentations"),
     }
@@ -449,6 +463,18 @@ def rate_lines(plan: Plan) -> dict[str, harness.Line]:
             for load in (0.5, 0.65, 0.9):
                 lines[f"native-t{threads}-hw{load}"] = product(threads=threads, hw_decoder_load=load)
     return {name: line for name, line in lines.items() if name in plan.lines or name.split("-")[0] in plan.lines}
+
+
+def packed_dataset(plan: Plan, short_side: int) -> layout.Dataset:
+    """The plan's dataset in shards, packed now or by an earlier run."""
+    from cast_fast.data.pack_sample import PackRule
+    from cast_fast.data.prepare import prepare
+    from cast_fast.data.shards import scan_shards
+
+    assert plan.dataset.saliency is not None
+    folder = plan.shards / f"packed-{short_side}"
+    prepare(plan.dataset.images, plan.dataset.saliency, folder, rule=PackRule(short_side=short_side))
+    return scan_shards(folder)
 
 
 def _turn(take: Callable[[], object], plan: Plan) -> Callable[[], object]:
@@ -591,7 +617,7 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
         bars.append(harness.Bar(name, rate, low, high, note=note, group=int(name in PEERS)))
     where = results.environment.device
     title = f"Loader on {where}: {plan.size} pixels, batch {plan.batch}, {plan.threads} threads"
-    harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows)
+    harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows, packed_notes(outcomes))
     spent = {
         name: outcome for name in STAGES if isinstance(outcome := outcomes.get(f"stage {name}"), harness.Measurement)
     }
@@ -631,6 +657,17 @@ def window_notes(outcomes: dict[str, harness.Outcome]) -> list[str]:
         return [f"{text}; the native operator is not built"]
     gain = numpy.median / native.median
     return [f"{text}, by the native operator: {native.median * 1e3:.3f} ms, {gain:.1f}× (goal: {GOALS['windows']:g}×)"]
+
+
+def packed_notes(outcomes: dict[str, harness.Outcome]) -> list[str]:
+    """What packing saves."""
+    folder = outcomes.get("cpu native", outcomes.get("cpu numpy"))
+    notes = []
+    for name in ("packed", "packed-256"):
+        outcome = outcomes.get(f"cpu {name}")
+        if isinstance(folder, harness.Measurement) and isinstance(outcome, harness.Measurement):
+            notes.append(f"{name}: {folder.median / outcome.median:.2f}× the folder's CPU rate")
+    return [f"{'; '.join(notes)} (goal: {GOALS['packed']:g}×)"] if notes else []
 
 
 def say(text: str) -> None:
@@ -708,6 +745,7 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
         repeats,
         lines,
         Augmentation(blur_p=args.blur),
+        args.out,
     )
     return plan, args.out
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
+import harness
 import loader
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def plan(scenes: Path) -> loader.Plan:
     dataset = layout.scan(scenes / "images", scenes / "saliency", workers=1, manifest=scenes / "manifest.json")
     augmentation = Augmentation(blur_p=0.5, hue=0, contrast=0)
-    return loader.Plan(torch.device("cpu"), dataset, 8, 64, (2, 2), 1, 1, loader.PRODUCT, augmentation)
+    return loader.Plan(torch.device("cpu"), dataset, 8, 64, (2, 2), 1, 1, loader.PRODUCT, augmentation, scenes)
 
 
 def test_a_run_leaves_its_records(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,6 +49,24 @@ def test_a_run_leaves_its_records(scenes: Path, tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "CPU time by stage" in printed
     assert "hand-over" in printed
+
+
+def test_packed_lines_show_the_same_pictures(plan: loader.Plan) -> None:
+    product = next(loader.product_loader(plan, native=False))
+    for short_side in (0, 64):
+        dataset = loader.packed_dataset(plan, short_side)
+        packed = next(loader.product_loader(dataclasses.replace(plan, dataset=dataset), native=False))
+        assert torch.equal(packed.index, product.index)
+        assert min(dataset.samples[0].width, dataset.samples[0].height) == (short_side or 120)
+
+
+def test_what_packing_saves_is_told_against_folders() -> None:
+    outcomes: dict[str, harness.Outcome] = {
+        name: harness.Measurement((seconds,)) for name, seconds in (("cpu native", 3.0), ("cpu packed-256", 1.5))
+    }
+    assert loader.packed_notes(outcomes) == ["packed-256: 2.00× the folder's CPU rate (goal: 1.5×)"]
+    del outcomes["cpu native"]
+    assert loader.packed_notes(outcomes) == []
 
 
 def test_stages_add_up() -> None:
