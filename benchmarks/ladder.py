@@ -154,6 +154,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
         saliency=getattr(args, "saliency", None),
         data=getattr(args, "data", None),
     )
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as cast_fast.train does; every line gets the search for algorithms
     rows, columns = cam_grid(config.arch, config.size)
     if config.batch * rows * columns < 2:
         raise UserError(
