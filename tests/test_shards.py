@@ -219,10 +219,12 @@ def test_more_shards_than_a_process_may_open(scenes: Path, monkeypatch: pytest.M
 # The loader
 
 
-def test_both_layouts_give_the_same_batches_where_maps_are_stored_whole(scenes: Path, folder: Dataset) -> None:
+def test_both_layouts_give_the_same_batches_where_maps_are_stored_whole(
+    scenes: Path, folder: Dataset, device: torch.device
+) -> None:
     """Across an epoch's end (5 steps an epoch)."""
-    whole = batches(folder, 7)
-    packed = batches(scan_shards(scenes / "png"), 7)
+    whole = batches(folder, 7, device=device.type)
+    packed = batches(scan_shards(scenes / "png"), 7, device=device.type)
     assert all(same(first, second) for first, second in zip(whole, packed, strict=True))
 
 
@@ -234,7 +236,7 @@ def test_small_maps_keep_the_order_and_move_targets_little(kind: str, scenes: Pa
         assert (first.query_saliency - second.query_saliency).abs().mean() < 0.05
 
 
-def test_raw_and_png_maps_of_one_size_give_the_same_batches(scenes: Path) -> None:
+def test_raw_and_png_maps_of_one_size_give_the_same_batches(scenes: Path, device: torch.device) -> None:
     prepare(
         scenes / "images",
         scenes / "saliency",
@@ -242,22 +244,22 @@ def test_raw_and_png_maps_of_one_size_give_the_same_batches(scenes: Path) -> Non
         rule=PackRule(map_side=48, map_format="png"),
         workers=1,
     )
-    raw, png = (batches(scan_shards(scenes / name), 3) for name in ("npy", "png48"))
+    raw, png = (batches(scan_shards(scenes / name), 3, device=device.type) for name in ("npy", "png48"))
     assert all(same(first, second) for first, second in zip(raw, png, strict=True))
 
 
 @pytest.mark.parametrize("kind", ["jpeg", "npy"])
-def test_a_packed_run_goes_on_in_mid_epoch(kind: str, scenes: Path) -> None:
+def test_a_packed_run_goes_on_in_mid_epoch(kind: str, scenes: Path, device: torch.device) -> None:
     dataset = scan_shards(scenes / kind)
-    whole = batches(dataset, 7)
-    source = loader(dataset, threads=3)
+    whole = batches(dataset, 7, device=device.type)
+    source = loader(dataset, threads=3, device=device.type)
     try:
         for _ in range(3):
             next(source)
         state = source.state_dict()
     finally:
         source.close()
-    resumed = loader(dataset)
+    resumed = loader(dataset, device=device.type)
     try:
         resumed.load_state_dict(state)
         assert all(same(next(resumed), expected) for expected in whole[3:])
