@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from cast_fast import __version__
 from cast_fast.errors import UserError
+from cast_fast.evaluate.pictures import run_folder
 from cast_fast.evaluate.weights import Model, load_encoder, normalise
 from cast_fast.step import IMAGE_MEAN, IMAGE_STD
 
@@ -414,7 +415,7 @@ def main(args: argparse.Namespace) -> int:
     if out is None:
         if not args.run.is_dir():
             raise UserError(f"--out is missing: {args.run} is no run folder")
-        out = args.run / "exported" / f"{model.arch}-{args.format}{SUFFIXES[args.format]}"
+        out = run_folder(args.run) / "exported" / f"{model.arch}-{args.format}{SUFFIXES[args.format]}"
     done = export(model, args.format, out, allow_pickle=args.allow_pickle)
     for name, difference in done.differences.items():
         print(f"read back by {name}: features equal to {difference:.1e} of the largest")

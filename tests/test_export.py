@@ -220,6 +220,16 @@ def test_torchvision_names_are_imported_with_any_prefix(prefix, images, tmp_path
     assert model.classes is not None and model.classes[0] == "tench" and model.classes[207] == "golden retriever"
 
 
+def test_a_single_network_is_found_under_any_name_but_two_are_not_guessed(tmp_path):
+    state = torchvision.models.resnet18().state_dict()
+    torch.save({f"online.net.{name}": value for name, value in state.items()}, tmp_path / "one.pth")
+    assert load_encoder(tmp_path / "one.pth").arch == "resnet18"
+    both = {f"{part}.net.{name}": value for part in ("online", "slow") for name, value in state.items()}
+    torch.save(both, tmp_path / "two.pth")
+    with pytest.raises(UserError, match=r"holds 2 networks \(online\.net\., slow\.net\.\)"):
+        load_encoder(tmp_path / "two.pth")
+
+
 def test_missing_counters_are_no_reason_to_refuse(tmp_path):
     state = torchvision.models.resnet18().state_dict()
     torch.save({n: v for n, v in state.items() if "num_batches" not in n}, tmp_path / "old.pth")
@@ -295,6 +305,9 @@ def test_command_line(run18, tmp_path, capsys):
     assert cli.main(["export", str(folder), "--format", "torchvision"]) == 0
     assert (folder / "exported" / "resnet18-torchvision.pth").is_file()
     assert "read back by torchvision" in capsys.readouterr().out
+    assert cli.main(["export", str(folder / "checkpoints" / "step-40"), "--format", "timm"]) == 0
+    assert (folder / "exported" / "resnet18-timm" / "config.json").is_file()
+    capsys.readouterr()
     assert cli.main(["export", str(folder), "--format", "safetensors", "--out", str(tmp_path / "x.pth")]) == 2
     assert "--out" in capsys.readouterr().err
     assert cli.main(["export", str(tmp_path / "nothing")]) == 2

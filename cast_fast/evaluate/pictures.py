@@ -27,6 +27,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
+from cast_fast import checkpoint
 from cast_fast.data import layout, shards
 from cast_fast.data.pack_sample import decode_stored
 from cast_fast.errors import UserError
@@ -223,11 +224,16 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, *, labels: bool) -> N
         parser.add_argument("--labels", type=Path, metavar="CSV", help="file with columns stem,class")
 
 
+def run_folder(path: Path) -> Path:
+    """The run that a checkpoint folder (``RUN/checkpoints/step-N``) belongs to, whose files are not to be added to."""
+    return path.resolve().parent.parent if (path / checkpoint.MANIFEST).is_file() else path
+
+
 def output_folder(out: Path | None, first: Path, name: str) -> Path:
     """``--out``, or a folder of that name in the first run folder, or beside the first file."""
     if out is not None:
         return out
-    return (first if first.is_dir() else first.parent) / name
+    return (run_folder(first) if first.is_dir() else first.parent) / name
 
 
 def open_pictures(

@@ -32,6 +32,7 @@ from cast_fast.errors import UserError
 from cast_fast.step import IMAGE_MEAN, IMAGE_STD
 
 _FIRST = "conv1.weight"
+_SECOND = "layer1.0.conv1.weight"
 _QUERY_PREFIXES = ("query.trunk.", "encoder_q.", "trunk.", "backbone.", "encoder.", "model.", "")
 _KEY_PREFIXES = ("key.trunk.", "encoder_k.")
 _NESTED = ("state_dict", "model", "model_state_dict", "net")
@@ -155,12 +156,14 @@ def split_state(state: Mapping[str, Any], source: str) -> dict[str, dict[str, Te
         ``fc.weight``, … and ``hidden.weight``, …; ``classifier``: ``weight`` and ``bias``. Absent parts are left out.
 
     Raises:
-        UserError: no ResNet in it.
+        UserError: no ResNet in it, or several under unknown names.
     """
     flat = {name.removeprefix("module."): value for name, value in state.items() if isinstance(value, Tensor)}
     parts: dict[str, dict[str, Tensor]] = {}
     for part, prefixes in (("query", _QUERY_PREFIXES), ("key", _KEY_PREFIXES)):
-        prefix = next((p for p in prefixes if p + _FIRST in flat and p + "layer1.0.conv1.weight" in flat), None)
+        prefix = next((p for p in prefixes if p + _FIRST in flat and p + _SECOND in flat), None)
+        if prefix is None and part == "query":
+            prefix = _only_prefix(flat, source)
         if prefix is None:
             continue
         inside = {name.removeprefix(prefix): v for name, v in flat.items() if name.startswith(prefix)}
@@ -179,6 +182,17 @@ def split_state(state: Mapping[str, Any], source: str) -> dict[str, dict[str, Te
             f"or query.trunk.conv1.weight, got {some}"
         )
     return parts
+
+
+def _only_prefix(flat: Mapping[str, Tensor], source: str) -> str | None:
+    """The prefix of the one network in a state dict of unknown naming, None where there is no network."""
+    found = [name.removesuffix(_SECOND) for name in flat if name.endswith(_SECOND)]
+    found = [prefix for prefix in found if prefix + _FIRST in flat]
+    if len(found) > 1:
+        raise UserError(
+            f"{source}: holds {len(found)} networks ({', '.join(found[:4])}), expected one or MoCo's naming"
+        )
+    return found[0] if found else None
 
 
 def _head(flat: Mapping[str, Tensor], prefix: str, inside: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
