@@ -160,7 +160,7 @@ def test_tiles_cover_every_key_once_and_fill_the_gpu() -> None:
 
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("temperature", [1e-3, 0.02, 0.07, 1e3])
-@pytest.mark.parametrize("case", ["equal rows", "opposite rows", "queue holds the query", "one hot"])
+@pytest.mark.parametrize("case", ["equal rows", "opposite rows", "queue holds the query", "hard positive", "one hot"])
 def test_extreme_values(case: str, temperature: float) -> None:
     """Logits at both ends, ±1 / T, alone and together."""
     query, key, queue = inputs((6, 80, 16))
@@ -170,6 +170,9 @@ def test_extreme_values(case: str, temperature: float) -> None:
         query[:], key[:], queue[:] = queue[0], queue[0], -queue[0].clone()
     elif case == "queue holds the query":
         queue[10:16] = query
+        key = -query
+    elif case == "hard positive":
+        # No logit is near 1 / T, so a maximum fixed there would lose them all at a low temperature.
         key = -query
     else:
         query, key, queue = (torch.eye(16, device=KERNEL_DEVICE).repeat(5, 1)[: len(x)] for x in (query, key, queue))

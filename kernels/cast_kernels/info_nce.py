@@ -200,8 +200,7 @@ def _combine_kernel(
         logarithm = tl.where(sum_row == 0, float("-inf"), max_row + tl.log2(sum_safe))
         margin = (logarithm - positive) * 0.6931471805599453
         tail = tl.exp(-tl.abs(margin))
-        # log(1 + tail) rounds to tail (1 - tail / 2) below 1e-4, where 1 + tail would lose its digits.
-        soft = tl.where(tail < 1e-4, tail - 0.5 * tail * tail, tl.log(1.0 + tail))
+        soft = tl.log(1.0 + tail)
         negative = tl.where(margin > 0, 1.0, tail) / (1.0 + tail)
         tl.store(loss + row, tl.where(margin < 0, soft, margin + soft), mask=in_rows)
         tl.store(probability + row, negative, mask=in_rows)
