@@ -55,7 +55,7 @@ from cast_kernels.launch import Launch, check_kernel_dtype, check_same_device, c
 MAX_POSITIONS = 1024
 """Largest H·W: the epilogue holds a sample's whole map in one block."""
 MAX_ROW_CHANNELS = 8192
-"""Largest C for which one row, alpha, u and v stay in the registers of 16 warps without spilling (offline table)."""
+"""Largest C for which one row, alpha, u and v stay in the registers of 8 warps without spilling (offline table)."""
 WIDE_BLOCK = 2048
 """Channels at a time beyond that."""
 TILE_ELEMENTS = 8192
