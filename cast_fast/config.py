@@ -86,6 +86,8 @@ class PretrainConfig:
     """How the two losses become the total that is optimised."""
     key_bn: str = option("shuffle", "BatchNorm of the key encoder over ranks", choices=("shuffle", "sync", "local"))
     """Shuffled, synchronised or local batch statistics; all the same on one rank."""
+    query_bn: str = option("local", "BatchNorm of the query encoder over ranks", choices=("local", "sync"))
+    """``sync`` takes the statistics over the global batch; the same as ``local`` on one rank."""
 
     size: int = option(224, "side of the square crops in pixels")
     """At least 32, one cell of a ResNet's output grid."""
@@ -131,6 +133,16 @@ class PretrainConfig:
     """``auto`` takes CUDA where torch finds it."""
     precision: str = option("auto", "arithmetic of the trunk", choices=("auto", "fp32", "bf16"))
     """``auto`` is bf16 on CUDA and on CPUs with bf16 matrix hardware, else fp32; head and CAM are always fp32."""
+    queue_exchange: str = option(
+        "auto", "how ranks share the queue", choices=("auto", "gather", "reduce"), resumable=True
+    )
+    """``gather`` collects the queue, ``reduce`` queries and partial sums; ``auto`` takes what sends fewer bytes."""
+    grad_compression: str = option("none", "how gradients travel between ranks", choices=("none", "bf16"))
+    """``bf16`` halves their bytes."""
+    collective_timeout: float = option(
+        600.0, "seconds that ranks wait for each other before they give up", resumable=True
+    )
+    """Then every rank that waits ends with an error; the first steps, which compile, must fit in."""
     compile: bool = option(True, "compile the step with torch.compile")
     """The eager step is slower and computes the same."""
     kernels: str = option("auto", "fused loss kernels or plain torch", choices=("auto", "triton", "torch"))
@@ -173,6 +185,7 @@ class PretrainConfig:
         self._require("blur_sigma_min", self.blur_sigma_min > 0, "more than 0")
         self._require("blur_sigma_max", self.blur_sigma_max >= self.blur_sigma_min, "at least --blur-sigma-min")
         self._require("phi", 0 < self.phi <= 1, "a number in (0, 1]")
+        self._require("collective_timeout", self.collective_timeout > 0, "more than 0")
         self._require("momentum", 0 <= self.momentum < 1, "a number in [0, 1)")
         self._require("sgd_momentum", 0 <= self.sgd_momentum < 1, "a number in [0, 1)")
         self._require("temperature", self.temperature > 0, "more than 0")

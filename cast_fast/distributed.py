@@ -21,6 +21,7 @@ import os
 import platform
 import threading
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -98,11 +99,13 @@ def process_group(world: World, device: torch.device, timeout: float) -> Iterato
         yield
         return
     limit = datetime.timedelta(seconds=timeout)
+    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=limit))
+    where: dict[str, Any] = {"store": _fresh_store(store, world, timeout), "rank": world.rank, "world_size": world.size}
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=limit, device_id=device)
+        dist.init_process_group("nccl", timeout=limit, device_id=device, **where)
     else:
-        dist.init_process_group("gloo", timeout=limit)
+        dist.init_process_group("gloo", timeout=limit, **where)
     _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
     RECORD.reset()
     try:
@@ -112,6 +115,45 @@ def process_group(world: World, device: torch.device, timeout: float) -> Iterato
         # A rank that leaves because of an error must not wait for others here: the process is about to end anyway.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def _fresh_store(store: dist.Store, world: World, timeout: float) -> dist.Store:
+    """The part of the store that belongs to these very processes.
+
+    After a restart torchrun hands out the store of the dead processes, with their addresses in it (torch 2.14), and its
+    count of restarts may differ between nodes. So the ranks agree on a name nobody has used: each leaves a mark of its
+    own, rank 0 publishes the marks that it sees beside the name, and a rank believes a name that comes with its mark.
+
+    Raises:
+        RuntimeError: some rank did not come within ``timeout`` seconds.
+    """
+    until = time.monotonic() + timeout
+    mark = uuid.uuid4().hex
+    published = "{}"
+    if world.rank:
+        store.set(f"mark/{world.rank}", mark)
+    while time.monotonic() < until:
+        if world.rank == 0:
+            marks = {r: _peek(store, f"mark/{r}") for r in range(1, world.size)}
+            latest = json.dumps({"name": mark, "marks": list(marks.values())})
+            if latest != published:
+                store.set("session", latest)
+                published = latest
+            if all(_peek(store, f"seen/{mark}/{r}") for r in range(1, world.size)):
+                return dist.PrefixStore(mark, store)
+        else:
+            session = json.loads(_peek(store, "session") or "{}")
+            if session and session["marks"][world.rank - 1 : world.rank] == [mark]:
+                store.set(f"seen/{session['name']}/{world.rank}", "yes")
+                return dist.PrefixStore(session["name"], store)
+        time.sleep(0.02)
+    raise RuntimeError(
+        f"rank {world.rank}: not all {world.size} ranks came within {timeout:g} s (--collective-timeout)"
+    )
+
+
+def _peek(store: dist.Store, key: str) -> str | None:
+    return store.get(key).decode() if store.check([key]) else None
 
 
 def world_size() -> int:
@@ -144,7 +186,8 @@ def on_main(work: Callable[[], T], name: str) -> T:
     try:
         result = work()
     except BaseException as error:
-        _broadcast_text(json.dumps({"code": 2 if isinstance(error, UserError) else 1}), name)
+        code = 2 if isinstance(error, UserError) else getattr(error, "code", 1)
+        _broadcast_text(json.dumps({"code": code}), name)
         raise
     _broadcast_text(json.dumps({"code": None, "result": result}), name)
     return result

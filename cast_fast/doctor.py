@@ -248,3 +248,19 @@ def _choices(where: Any) -> Iterator[Finding]:
         logging.getLogger("cast_fast").setLevel(level)
     decode = "JPEGs on the GPU, maps and windows on the CPU" if where.type == "cuda" else "everything on the CPU"
     yield Finding("a run here", OK, f"trains on {where} in {dtype}; losses: {losses}; loader: {decode}")
+    yield _exchange()
+
+
+def _exchange() -> Finding:
+    from cast_fast.config import PretrainConfig
+    from cast_fast.distributed import choose_exchange, exchange_bytes
+
+    default, ranks = PretrainConfig(), 8
+    sizes = (default.batch, default.queue_size, default.dim, ranks)
+    sent = " and ".join(f"{count / 1e6:.1f} MB by {name}" for name, count in exchange_bytes(*sizes).items())
+    return Finding(
+        "queue exchange",
+        OK,
+        f"on {ranks} ranks of {default.batch} pairs and {default.queue_size:,} keys a step sends {sent}: "
+        f"--queue-exchange auto takes {choose_exchange('auto', *sizes)}",
+    )

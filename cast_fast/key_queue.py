@@ -48,22 +48,35 @@ class KeyQueue(nn.Module):
         """K, over all ranks."""
         return self._size
 
-    def shard(self, rank: int, ranks: int) -> None:
+    @property
+    def sharded(self) -> bool:
+        """Whether this rank holds a part only."""
+        return self._ranks > 1
+
+    def shard(self, rank: int, ranks: int, arrived: int = 0) -> None:
         """Keeps only the rows of one rank; the identity for one rank. To be called once, on the same queue everywhere.
+
+        Args:
+            rank: this one.
+            ranks: how many there are.
+            arrived: keys that all ranks have enqueued so far. It decides in which row the oldest one lies; a resumed
+                run needs it to add up its negatives in the same order, and so to the same bits, as an undisturbed one.
 
         Raises:
             ValueError: the queue is shared out already, or has fewer rows than there are ranks.
         """
         if ranks == 1:
             return
-        if self._ranks != 1 or not 0 <= rank < ranks <= self._size:
+        if self.sharded or not 0 <= rank < ranks <= self._size:
             raise ValueError(f"shard: got rank {rank} of {ranks}, expected 0 <= rank < ranks <= {self._size}, once")
         oldest_first = self.keys.roll(-int(self.pointer), 0)
         # The newest row belongs to the last rank, the one before to the rank before, …; missing are the very oldest.
         missing = -self._size % ranks
         padded = torch.cat([oldest_first[:missing], oldest_first]).view(-1, ranks, self.keys.shape[1])
-        self.keys = padded[1 if rank < missing else 0 :, rank].clone()
-        self.register_buffer("_own_pointer", torch.zeros_like(self.pointer), persistent=False)
+        own = padded[1 if rank < missing else 0 :, rank]
+        pointer = arrived // ranks % len(own)
+        self.keys = own.roll(pointer, 0)
+        self.register_buffer("_own_pointer", torch.full_like(self.pointer, pointer), persistent=False)
         self._rank, self._ranks = rank, ranks
 
     def begin_gather(self) -> distributed.Gathering:

@@ -117,6 +117,21 @@ class CsvLog:
         return UserError(f"cannot write {self.path}: {error.strerror or error}; saved checkpoints are untouched")
 
 
+class _NoLog:
+    """Stands for a ``CsvLog`` on the ranks that write nothing."""
+
+    last_step = math.inf
+
+    def write(self, row: Sequence[object]) -> None:
+        """Drops the row."""
+
+    def sync(self) -> None:
+        """Nothing to flush."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 def _step_of(line: str) -> float:
     """The step of a row; infinite for a line that is no row, so that it is cut off."""
     text = line.split(",", 1)[0]
@@ -141,6 +156,8 @@ class Reading:
     """Name → value, for ``STEP_SCALARS``."""
     index: Tensor
     """(N,) int64: the batch's positions in the dataset."""
+    extra: list[float] = dataclasses.field(default_factory=list)
+    """What else ``Metrics.record`` was given."""
 
     @property
     def finite(self) -> bool:
@@ -152,7 +169,7 @@ class Metrics:
     """Writes ``metrics.csv`` and TensorBoard events (folder ``tensorboard``) of a run.
 
     Args:
-        run: the run folder.
+        run: the run folder; ``None`` for a rank that only reads and writes nothing.
         step: steps done: 0 for a new run, the checkpoint's for a resumed one; later rows are removed.
         delay: how many steps a step's scalars may stay on the device before they are read.
         tensorboard_every: steps between TensorBoard events; 0 for none.
@@ -161,15 +178,18 @@ class Metrics:
         UserError: a file cannot be written, or has other columns.
     """
 
-    def __init__(self, run: Path, *, step: int, delay: int = DELAY, tensorboard_every: int = 10) -> None:
-        self._csv = CsvLog(Path(run) / "metrics.csv", COLUMNS, step=step)
-        if self._csv.last_step < step:
-            logger.warning("%s ends at step %d, the checkpoint at %d", self._csv.path, self._csv.last_step, step)
-        self._timing = CsvLog(Path(run) / "timing.csv", TIMING_COLUMNS, step=step)
+    def __init__(self, run: Path | None, *, step: int, delay: int = DELAY, tensorboard_every: int = 10) -> None:
         self._delay = delay
         self._waiting: collections.deque[_Pending] = collections.deque()
         self._every = tensorboard_every
         self._writer = None
+        if run is None:
+            self._csv, self._timing, self._every = _NoLog(), _NoLog(), 0
+            return
+        self._csv = CsvLog(Path(run) / "metrics.csv", COLUMNS, step=step)
+        if self._csv.last_step < step:
+            logger.warning("%s ends at step %d, the checkpoint at %d", self._csv.path, self._csv.last_step, step)
+        self._timing = CsvLog(Path(run) / "timing.csv", TIMING_COLUMNS, step=step)
         if tensorboard_every:
             from torch.utils.tensorboard.writer import SummaryWriter
 
@@ -178,17 +198,29 @@ class Metrics:
             except OSError as error:
                 raise UserError(f"cannot write {Path(run) / 'tensorboard'}: {error.strerror or error}") from error
 
-    def record(self, step: int, scalars: Sequence[Tensor], host: Sequence[float | None], index: Tensor) -> None:
+    def record(
+        self,
+        step: int,
+        scalars: Sequence[Tensor],
+        host: Sequence[float | Tensor | None],
+        index: Tensor,
+        extra: Tensor | None = None,
+    ) -> None:
         """Notes a step without waiting for it.
 
         Args:
             step: steps done, this one included.
             scalars: 0-dim tensors in the order of ``STEP_SCALARS``, on the step's device.
-            host: values in the order of ``HOST_SCALARS``.
+            host: values in the order of ``HOST_SCALARS``; those that come from all ranks are 0-dim tensors like
+                ``scalars``.
             index: (N,) int64 on the CPU, the batch's positions in the dataset.
+            extra: (E,) further numbers to be read along, on the step's device.
         """
         assert len(scalars) == len(STEP_SCALARS) and len(host) == len(HOST_SCALARS)
-        values = torch.stack([scalar.detach().to(torch.float32) for scalar in scalars])
+        late = [value for value in host if isinstance(value, Tensor)]
+        values = torch.stack([scalar.detach().to(torch.float32) for scalar in (*scalars, *late)])
+        if extra is not None:
+            values = torch.cat([values, extra.detach().to(torch.float32)])
         event = None
         if values.device.type == "cuda":
             pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
@@ -208,12 +240,14 @@ class Metrics:
             pending = self._waiting.popleft()
             if pending.event is not None:
                 pending.event.synchronize()
-            values: dict[str, float] = dict(zip(STEP_SCALARS, pending.values.tolist()))
-            self._csv.write([pending.step, *values.values(), *pending.host])
+            read = iter(pending.values.tolist())
+            values: dict[str, float] = {name: next(read) for name in STEP_SCALARS}
+            host = [next(read) if isinstance(value, Tensor) else value for value in pending.host]
+            self._csv.write([pending.step, *values.values(), *host])
             if self._every and pending.step % self._every == 0:
-                host = {name: value for name, value in zip(HOST_SCALARS, pending.host) if value is not None}
-                self._event({**values, **host}, pending.step)
-            readings.append(Reading(pending.step, values, pending.index))
+                known = {name: value for name, value in zip(HOST_SCALARS, host) if value is not None}
+                self._event({**values, **known}, pending.step)
+            readings.append(Reading(pending.step, values, pending.index, list(read)))
         return readings
 
     def record_timing(
@@ -270,5 +304,5 @@ class _Pending:
     step: int
     values: Tensor
     event: torch.cuda.Event | None
-    host: tuple[float | None, ...]
+    host: tuple[float | Tensor | None, ...]
     index: Tensor

@@ -117,7 +117,8 @@ class ParallelLosses:
             synchronise_batch_norm(model.key)
         if settings.query_bn == "sync":
             synchronise_batch_norm(model.query)
-        model.queue.shard(world.rank, world.size)
+        if not model.queue.sharded:
+            model.queue.shard(world.rank, world.size)
         self._model, self._settings = model, settings
         self._scale, self._shift, self._dtype = scale, shift, dtype
         self._attention = objective.attention

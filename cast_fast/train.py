@@ -10,11 +10,17 @@ disk space, in this order. A run folder holds::
     checkpoints/     see ``cast_fast.checkpoint``
     skipped.jsonl    files left out with --skip-invalid; only where there are any
     nonfinite.csv    steps with a non-finite loss or gradient and their samples; only where there are any
+    heartbeats/      where each of several ranks stands; see ``cast_fast.distributed``
     .lock            held by the process that trains here
 
 A run that stops, for whatever reason, goes on with ``--resume`` as if it had never stopped: on the CPU with the very
 same bits in every tensor and in metrics.csv. SIGINT, SIGTERM and SIGUSR1 end it after the current step with a whole
 checkpoint and exit code 75, so that a scheduler knows it for unfinished.
+
+Under torchrun every rank runs this module. Rank 0 does what is to be done once: it checks the run folder, decodes the
+dataset ahead of the others, writes metrics and checkpoints. A checkpoint does not know how many ranks wrote it; any
+number with the same global batch continues it. A signal to any rank travels with the metrics of the next step, so that
+all stop after the same one.
 """
 
 from __future__ import annotations
@@ -44,6 +50,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
 from cast_fast import checkpoint, distributed
 from cast_fast.accelerators import build_sgd
@@ -53,10 +60,11 @@ from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
-from cast_fast.metrics import STEP_SCALARS, CsvLog, Metrics, Reading
+from cast_fast.metrics import DELAY, STEP_SCALARS, CsvLog, Metrics, Reading
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import cosine_lr
+from cast_fast.parallel import RankSettings
 from cast_fast.step import TrainStep, compile_fault
 
 if TYPE_CHECKING:
@@ -65,6 +73,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("cast_fast")
 
 HELP = "pretrain an encoder"
+HEARTBEATS = "heartbeats"
 EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a run that a signal stopped and that ``--resume`` continues."""
 TIMING_EVERY = 10
@@ -127,23 +136,34 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
     config.require_dataset()
     assert config.out is not None
     world = distributed.world_from_environment()
-    if world.size > 1:
-        raise UserError(f"WORLD_SIZE={world.size}: got {world.size} processes, expected 1 in this version")
     config.require_queue(world.size)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, world)
     kernels = use_kernels(config.kernels, device)
     grid = cam_grid(config.arch, config.size)
 
     with contextlib.ExitStack() as stack:
-        run = config.out
-        _check_run_folder(run, config)
-        if locked := run.is_dir():
-            stack.enter_context(_locked(run))
-        saved = checkpoint.load_last(run, set_aside=True) if config.resume else None
-        if saved is not None:
-            _require_same_config(PretrainConfig.from_json(saved.config), config, str(saved.path))
+        stack.enter_context(_quiet_unless(world.is_main))
+        stack.enter_context(distributed.process_group(world, device, config.collective_timeout))
+        run, locked, saved, dataset = config.out, False, None, None
 
-        dataset = _load_dataset(config)
+        def prepare() -> tuple[int | None, str]:
+            nonlocal locked, saved, dataset
+            _check_run_folder(run, config, world.size)
+            if locked := run.is_dir():
+                stack.enter_context(_locked(run))
+            saved = checkpoint.load_last(run, set_aside=True) if config.resume else None
+            if saved is not None:
+                _require_same_config(saved.config, saved.state["progress"], config, world.size, str(saved.path))
+            dataset = _load_dataset(config)
+            return None if saved is None else saved.step, dataset.fingerprint()
+
+        step, fingerprint = distributed.on_main(prepare, "preparation by rank 0")
+        if not world.is_main:
+            saved = None if step is None else _load_like_main(run, step)
+            dataset = _load_dataset(config)  # rank 0 has decoded every file: this reads its manifest
+            if dataset.fingerprint() != fingerprint:
+                raise UserError(f"rank {world.rank} sees another dataset than rank 0: expected the same files")
+        assert dataset is not None
         order = sampling.GlobalOrder(len(dataset.samples), config.seed, config.batch, world.rank, world.size)
         total = config.steps or (config.epochs or 0) * order.steps_per_epoch
         if saved is not None:
@@ -157,19 +177,50 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         optimizer, chosen = build_sgd(
             model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay, apex=config.apex
         )
-        trainer = _Trainer(config, device, kernels, dataset, model, optimizer, chosen, total, saved)
+        trainer = _Trainer(config, world, device, kernels, dataset, model, optimizer, chosen, total, saved)
         del saved  # a copy of the whole state
-        trainer.require_space()
-        if not locked:
-            stack.enter_context(_locked(run))
-        return trainer.train(grid, order.global_batch, signals, stack)
+
+        def claim() -> None:
+            trainer.require_space()
+            if not locked:
+                stack.enter_context(_locked(run))
+
+        distributed.on_main(claim, "run folder")
+        try:
+            return trainer.train(grid, order.global_batch, signals, stack)
+        except RuntimeError:
+            if world.size > 1:
+                beats = distributed.heartbeats(run / HEARTBEATS)
+                logger.error(
+                    "rank %d of %d gives up; the ranks by their heartbeats:\n%s", world.rank, world.size, beats
+                )
+            raise
 
 
-def resolve_device(name: str) -> torch.device:
-    """The torch device of ``--device``; ``auto`` is CUDA where torch finds it.
+@contextlib.contextmanager
+def _quiet_unless(main: bool) -> Iterator[None]:
+    """Ranks other than 0 report warnings only: what they have to say, rank 0 says."""
+    level = logger.level
+    if not main:
+        logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _load_like_main(run: Path, step: int) -> checkpoint.Checkpoint:
+    try:
+        return checkpoint.load(run / checkpoint.FOLDER / f"step-{step}")
+    except checkpoint.DamagedCheckpoint as error:
+        raise UserError(f"--out: rank 0 resumes {run} from step {step}, but here: {error}; is it shared?") from error
+
+
+def resolve_device(name: str, world: distributed.World = distributed.World()) -> torch.device:  # noqa: B008 (frozen)
+    """The torch device of ``--device``; ``auto`` is CUDA where torch finds it. Each rank of a node has its own GPU.
 
     Raises:
-        UserError: CUDA is asked for and torch finds none.
+        UserError: CUDA is asked for and torch finds none, or fewer than there are ranks on the node.
     """
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
@@ -177,7 +228,16 @@ def resolve_device(name: str) -> torch.device:
         raise UserError(
             f"--device: got cuda, but torch {torch.__version__} ({built}) finds no CUDA device; expected cpu"
         )
-    return torch.device("cuda" if available and name != "cpu" else "cpu")
+    if not available or name == "cpu":
+        return torch.device("cpu")
+    if world.size == 1:
+        return torch.device("cuda")
+    if world.local_rank >= torch.cuda.device_count():
+        raise UserError(
+            f"--device: got {torch.cuda.device_count()} CUDA devices on {platform.node()} for local rank "
+            f"{world.local_rank}, expected one a process (torchrun --nproc-per-node)"
+        )
+    return torch.device("cuda", world.local_rank)
 
 
 def use_kernels(name: str, device: torch.device) -> bool:
@@ -206,7 +266,7 @@ def _holds_run(run: Path) -> bool:
     return any((run / name).exists() for name in ("config.json", "metrics.csv", checkpoint.FOLDER))
 
 
-def _check_run_folder(run: Path, config: PretrainConfig) -> None:
+def _check_run_folder(run: Path, config: PretrainConfig, processes: int) -> None:
     """Refuses a folder that is none, that holds a run which is not to be resumed, or a run of other settings."""
     if run.exists() and not run.is_dir():
         raise UserError(f"--out: got the file {run}, expected a folder")
@@ -220,7 +280,9 @@ def _check_run_folder(run: Path, config: PretrainConfig) -> None:
         raise UserError(f"--out: {run} holds a run already{at}; continue it with --resume or name another folder")
     path = run / "config.json"
     if path.exists():
-        _require_same_config(PretrainConfig.from_json(_read_run_config(path)["config"]), config, str(path))
+        content = _read_run_config(path)
+        begun = content["starts"][0] if content["starts"] else {}
+        _require_same_config(content["config"], begun, config, processes, str(path))
 
 
 def _read_run_config(path: Path) -> dict[str, Any]:
@@ -233,7 +295,19 @@ def _read_run_config(path: Path) -> dict[str, Any]:
     raise UserError(f"cannot read {path}: not written by cast_fast; move it away to go by the checkpoints alone")
 
 
-def _require_same_config(saved: PretrainConfig, now: PretrainConfig, where: str) -> None:
+def _require_same_config(
+    settings: dict[str, Any], processes: dict[str, Any], now: PretrainConfig, now_processes: int, where: str
+) -> None:
+    """Refuses changed settings. ``--batch`` may change with the number of processes: their product may not."""
+    saved = PretrainConfig.from_json(settings)
+    before, after = saved.batch * processes.get("processes", 1), now.batch * now_processes
+    if before != after and (now_processes > 1 or processes.get("processes", 1) > 1):
+        raise UserError(
+            f"--resume: the global batch differs from {where}: {before} -> {after} "
+            f"(--batch {now.batch} on {now_processes} processes); expected --batch times processes to be {before}"
+        )
+    if before == after:
+        saved = dataclasses.replace(saved, batch=now.batch)
     if differing := differing_fields(saved, now):
         changes = ", ".join(f"{flag(name)} {before} -> {after}" for name, (before, after) in differing.items())
         raise UserError(f"--resume: the configuration differs from {where}: {changes}")
@@ -305,6 +379,7 @@ class _Trainer:
     def __init__(
         self,
         config: PretrainConfig,
+        world: distributed.World,
         device: torch.device,
         kernels: bool,
         dataset: layout.Dataset,
@@ -315,7 +390,7 @@ class _Trainer:
         saved: checkpoint.Checkpoint | None,
     ) -> None:
         assert config.out is not None
-        self.config, self.device, self.kernels, self.dataset = config, device, kernels, dataset
+        self.config, self.world, self.device, self.kernels, self.dataset = config, world, device, kernels, dataset
         self.run = config.out
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
         self.optimizer_record = optimizer_record
@@ -323,6 +398,8 @@ class _Trainer:
         self.saved_step: int | None = None
         self.fingerprint = dataset.fingerprint()
         self.compiled = False
+        self.rank_stopped = False
+        """Whether some rank has got a signal, as told by a step's metrics; the same on every rank."""
         nonfinite = {"in_a_row": 0, "total": 0}
         if saved is not None:
             self.first_step = self.step = self.saved_step = saved.step
@@ -337,15 +414,17 @@ class _Trainer:
         self.nonfinite = _NonFinite(config.max_nonfinite, **nonfinite)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on."""
+        """Everything that the rest of the run depends on; on many ranks, which all take part, the same on each."""
+        queue = {f"queue.{name}": value for name, value in self.model.queue.whole().items()}
         return {
-            "model": self.model.state_dict(),
+            "model": {**self.model.state_dict(), **queue},
             "optimizer": self.optimizer.state_dict(),
             "loader": {"step": self.step, "length": len(self.dataset.samples), "dataset": self.fingerprint},
             "random": _random_state(),
             "progress": {
                 "step": self.step,
                 "total_steps": self.total_steps,
+                "processes": self.world.size,
                 "nonfinite": {"in_a_row": self.nonfinite.in_a_row, "total": self.nonfinite.total},
             },
         }
@@ -385,6 +464,7 @@ class _Trainer:
             "step": self.step,
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "host": platform.node(),
+            "processes": self.world.size,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "precision": str(train_step.dtype).removeprefix("torch."),
@@ -425,6 +505,8 @@ class _Trainer:
             seed=config.seed,
             device=self.device.type,
             threads=config.loader_threads,
+            rank=self.world.rank,
+            world=self.world.size,
             start_step=self.step,
         )
 
@@ -437,7 +519,9 @@ class _Trainer:
         if fault is not None:
             logger.warning("training without torch.compile, which does not work here: %s", fault)
         self.compiled = config.compile and fault is None
-        return TrainStep(
+        arrived = (self.step - self.nonfinite.total) * config.batch * self.world.size
+        self.model.queue.shard(self.world.rank, self.world.size, arrived)
+        train_step = TrainStep(
             self.model,
             self.optimizer,
             objective=Objective(config.lam, config.loss_combination, config.temperature, config.attention_loss),
@@ -446,7 +530,17 @@ class _Trainer:
             compile=self.compiled,
             kernels=self.kernels,
             clip_grad=config.clip_grad,
+            ranks=RankSettings(
+                self.world,
+                config.key_bn,
+                config.query_bn,
+                config.queue_exchange,
+                config.grad_compression,
+                config.seed,
+            ),
         )
+        train_step.number = self.step
+        return train_step
 
     def train(
         self, grid: tuple[int, int], global_batch: int, signals: _Signals, stack: contextlib.ExitStack
@@ -457,32 +551,44 @@ class _Trainer:
             logger.info("going on from step %d of %d in %s", self.step, self.total_steps, self.run)
         else:
             logger.info("%d steps on %d samples into %s", self.total_steps, len(self.dataset.samples), self.run)
-        metrics = Metrics(self.run, step=self.step)
+        main, many = self.world.is_main, self.world.size > 1
+        stack.enter_context(distributed.Heartbeat(self.run / HEARTBEATS, self.world))
+        # On many ranks a signal is known when the metrics are: read a step earlier, all stop within two steps.
+        metrics = Metrics(self.run if main else None, step=self.step, delay=1 if many else DELAY)
         stack.callback(metrics.close)
-        self.nonfinite.open(self.run, self.step, self.dataset)
+        self.nonfinite.open(self.run if main else None, self.step, self.dataset)
         stack.callback(self.nonfinite.close)
         loader = self.build_loader(grid)
         stack.callback(loader.close)
         train_step = self.build_step()
-        self.write_run_folder(loader, train_step)
-        display = stack.enter_context(_Display(self.step, self.total_steps))
+        distributed.on_main(lambda: self.write_run_folder(loader, train_step), "config.json")
+        display = stack.enter_context(_Display(self.step, self.total_steps, shown=main))
         clock = _Clock(global_batch, self.device)
         signals.defer()
         while self.step < self.total_steps and not self.nonfinite.too_many:
-            if signals.received is not None:
+            if self.rank_stopped if many else signals.received is not None:
                 break
+            distributed.RECORD.step = self.step + 1
             clock.start_waiting()
             try:
                 batch = next(loader)
             except UserError:
-                # The data failed, not the model: what was learned is kept.
-                self.save(metrics, display)
+                # The data failed, not the model: what was learned is kept. On many ranks the others are on their way
+                # into the step, and this one cannot save alone.
+                if not many:
+                    self.save(metrics, display)
                 raise
             clock.stop_waiting()
             lr = cosine_lr(config.lr, global_batch, self.step, self.total_steps)
-            result = train_step(batch, lr)
+            host = _host(lr, batch)
+            if many:
+                result = train_step(batch, lr, self.report(signals, host))
+                extra = self.reported(train_step, host)
+            else:
+                result, extra = train_step(batch, lr), (host, None)
             self.step += 1
-            metrics.record(self.step, [getattr(result, name) for name in STEP_SCALARS], _host(lr, batch), batch.index)
+            scalars = [getattr(result, name) for name in STEP_SCALARS]
+            metrics.record(self.step, scalars, extra[0], batch.index, extra[1])
             self.take(metrics.read(), display)
             if clock.tick():
                 timing = clock.measure()
@@ -495,17 +601,46 @@ class _Trainer:
         if self.nonfinite.too_many:
             raise UserError(self.nonfinite.message(self.run))
         if self.step < self.total_steps:
-            logger.warning("stopped by %s after step %d of %d; --resume goes on", signals.received, self.step,
-                           self.total_steps)  # fmt: skip
-            return Outcome(self.run, self.step, self.total_steps, signals.received)
+            cause = signals.received or "a signal to another rank"
+            logger.warning("stopped by %s after step %d of %d; --resume goes on", cause, self.step, self.total_steps)
+            return Outcome(self.run, self.step, self.total_steps, cause)
         logger.info("finished: %d steps in %s", self.step, self.run)
         return Outcome(self.run, self.step, self.total_steps)
 
     def take(self, readings: list[Reading], display: _Display) -> None:
         """What the host learns about steps, a step or two after them."""
         for reading in readings:
+            if self.world.size > 1:
+                stopped, *bad = reading.extra
+                self.rank_stopped = self.rank_stopped or stopped > 0
+                if not reading.finite:
+                    reading = dataclasses.replace(reading, index=self.samples_of(reading.step, bad))
             self.nonfinite.note(reading)
             display.reading(reading)
+
+    def samples_of(self, step: int, bad: list[float]) -> Tensor:
+        """The samples of a step on the ranks whose loss was not finite; of all ranks if it was the gradient."""
+        suspects = [rank for rank, flag in enumerate(bad) if flag] or range(len(bad))
+        length, config = len(self.dataset.samples), self.config
+        orders = [sampling.GlobalOrder(length, config.seed, config.batch, rank, self.world.size) for rank in suspects]
+        return torch.from_numpy(np.concatenate([order.at(step - 1)[0] for order in orders]))
+
+    def report(self, signals: _Signals, host: tuple[float, int | None, int | None]) -> Tensor:
+        """What this rank adds to the sums over ranks: whether it got a signal, and its fallback windows."""
+        numbers = torch.tensor([float(signals.received is not None), *(float(value or 0) for value in host[1:])])
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()
+        return numbers.to(self.device, non_blocking=True)
+
+    @staticmethod
+    def reported(
+        train_step: TrainStep, host: tuple[float, int | None, int | None]
+    ) -> tuple[tuple[float | Tensor | None, ...], Tensor]:
+        """The same summed over ranks: ``HOST_SCALARS``, and what ``take`` wants to know beside."""
+        report = train_step.rank_report
+        assert report is not None
+        known = (host[0], *(None if value is None else total for value, total in zip(host[1:], report.sums[1:])))
+        return known, torch.cat([report.sums[:1], report.bad_ranks])
 
     def save(self, metrics: Metrics, display: _Display) -> None:
         """Reads what is still on its way, then writes a checkpoint, unless this step has one."""
@@ -513,14 +648,20 @@ class _Trainer:
         metrics.sync()
         if self.saved_step == self.step:
             return
-        checkpoint.save(
-            self.run,
-            self.step,
-            self.state(),
-            config=self.config.to_json(),
-            fingerprint=self.config.fingerprint(),
-            keep=self.config.keep_checkpoints,
-        )
+        state = self.state()
+
+        def write() -> None:
+            checkpoint.save(
+                self.run,
+                self.step,
+                state,
+                config=self.config.to_json(),
+                fingerprint=self.config.fingerprint(),
+                keep=self.config.keep_checkpoints,
+            )
+
+        # The others wait: when one process ends, torchrun ends all, and rank 0 must not be in the middle of it.
+        distributed.on_main(write, "checkpoint by rank 0")
         self.saved_step = self.step
 
 
@@ -550,14 +691,18 @@ class _NonFinite:
         self.limit, self.in_a_row, self.total = limit, in_a_row, total
         self._log: CsvLog | None = None
         self.too_many = False
-        self._run, self._step = Path(), 0
+        self._run: Path | None = None
+        self._step = 0
         self._dataset: layout.Dataset | None = None
         self._last: tuple[int, list[str]] = (0, [])
 
-    def open(self, run: Path, step: int, dataset: layout.Dataset) -> None:
-        """Cuts an existing list back to ``step``; a new one is begun only when there is something to write."""
+    def open(self, run: Path | None, step: int, dataset: layout.Dataset) -> None:
+        """Cuts an existing list back to ``step``; a new one is begun only when there is something to write.
+
+        Without a run folder steps are counted and nothing is written or said: that is rank 0's part.
+        """
         self._run, self._step, self._dataset = run, step, dataset
-        if (run / "nonfinite.csv").exists():
+        if run is not None and (run / "nonfinite.csv").exists():
             self._log = CsvLog(run / "nonfinite.csv", self.COLUMNS, step=step)
 
     def close(self) -> None:
@@ -575,6 +720,9 @@ class _NonFinite:
         self.total += 1
         samples = [self._dataset.samples[index].stem for index in reading.index.tolist()]
         self._last = (reading.step, samples)
+        self.too_many = self.too_many or self.in_a_row >= self.limit
+        if self._run is None:
+            return
         values = reading.values
         logger.warning(
             "step %d: loss %g, gradient norm %g: nothing was changed (%d such steps in a row, %d in all); samples %s",
@@ -583,7 +731,6 @@ class _NonFinite:
         if self._log is None:
             self._log = CsvLog(self._run / "nonfinite.csv", self.COLUMNS, step=self._step)
         self._log.write([reading.step, values["loss"], values["grad_norm"], json.dumps(samples)])
-        self.too_many = self.too_many or self.in_a_row >= self.limit
 
     def message(self, run: Path) -> str:
         """Why the run stopped."""
@@ -605,6 +752,8 @@ def _some(samples: list[str]) -> str:
 
 class _Stopped(BaseException):
     """A signal that came before the first step, when there is nothing to save; the message is the signal's name."""
+
+    code = EXIT_STOPPED
 
 
 class _Signals:
@@ -694,7 +843,8 @@ class _Display:
 
     FIELDS = "loss {loss}  CAST {cast}  accuracy {accuracy}  {rate} images/s  loader {share}  {memory}"
 
-    def __init__(self, step: int, total_steps: int) -> None:
+    def __init__(self, step: int, total_steps: int, shown: bool = True) -> None:
+        self._shown = shown
         self._step, self._total = step, total_steps
         self._fields: dict[str, str] = dict.fromkeys(("loss", "cast", "accuracy", "rate", "share", "memory"), "–")
         self._progress: Progress | None = None
@@ -703,7 +853,7 @@ class _Display:
 
     def __enter__(self) -> _Display:
         console = Console(stderr=True)
-        if console.is_terminal:
+        if self._shown and console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
                 TextColumn("{task.fields[text]}"), console=console, refresh_per_second=2,

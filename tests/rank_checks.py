@@ -6,13 +6,14 @@ a rank. The start of a process with torch costs seconds, so they are few.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import multiprocessing
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -389,33 +390,77 @@ def compiled_by_inductor(world: World) -> dict[str, Any]:
     return compiled(world, "inductor")
 
 
-def _rank(function: Callable[[World], Any], rank: int, size: int, port: int, out: str) -> None:
+def pretrain(world: World, settings: dict[str, Any], fault: str = "none") -> dict[str, Any]:
+    """A whole run with a tiny trunk; the samples of each step, and how it ended."""
+    import tiny_pretrain
+
+    from cast_fast import train
+    from cast_fast.config import PretrainConfig
+    from cast_fast.errors import UserError
+
+    tiny_pretrain.make_tiny()
+    tiny_pretrain.inject(fault)
+    samples: dict[int, list[int]] = {}
+    original = TrainStep.__call__
+
+    def step(self: TrainStep, batch: Batch, *rest: Any) -> Any:
+        samples[RECORD.step] = batch.index.tolist()
+        return original(self, batch, *rest)
+
+    TrainStep.__call__ = step
+    try:
+        outcome = train.pretrain(PretrainConfig(**settings))
+    except UserError as error:
+        return {"samples": samples, "end": str(error)}
+    except SystemExit as leave:
+        return {"samples": samples, "end": f"leaves with {leave.code}"}
+    finally:
+        TrainStep.__call__ = original
+    return {"samples": samples, "end": "finished" if outcome.finished else outcome.stopped_by}
+
+
+def _rank(function: Callable[[World], Any], group: bool, rank: int, size: int, port: int, out: str) -> None:
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
     )
     torch.set_num_threads(1)
     world = distributed.world_from_environment()
-    with distributed.process_group(world, torch.device("cpu"), 120):
-        assert dist.get_backend() == "gloo"
+    with distributed.process_group(world, torch.device("cpu"), 120) if group else contextlib.nullcontext():
+        assert not group or dist.get_backend() == "gloo"
         torch.save(function(world), f"{out}/rank-{rank}.pt")
 
 
-def run_ranks(function: Callable[[World], Any], size: int, out: Path) -> list[Any]:
-    """The results of ``function`` on so many real processes, in rank order.
+@contextlib.contextmanager
+def _import_path_for_children() -> Iterator[None]:
+    """The fork server imports what it is told to, but not with this process's ``sys.path``; failing is silent."""
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PYTHONPATH"]
+        else:
+            os.environ["PYTHONPATH"] = before
+
+
+def run_ranks(function: Callable[[World], Any], size: int, out: Path, *, group: bool = True) -> list[Any]:
+    """The results of ``function`` on so many real processes, in rank order; with ``group`` in a process group.
 
     Raises:
         RuntimeError: a process failed.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["rank_checks"])
+    context.set_forkserver_preload(["rank_checks", "cast_fast.train", "cast_fast.data.dali_loader"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     out.mkdir(parents=True, exist_ok=True)
     start = functools.partial(context.Process, target=_rank)
-    processes = [start(args=(function, rank, size, port, str(out))) for rank in range(size)]
-    for process in processes:
-        process.start()
+    processes = [start(args=(function, group, rank, size, port, str(out))) for rank in range(size)]
+    with _import_path_for_children():
+        for process in processes:
+            process.start()
     for process in processes:
         process.join(300)
     codes = [process.exitcode for process in processes]

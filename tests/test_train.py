@@ -483,13 +483,6 @@ def test_two_processes_never_share_a_run_folder(scenes: Path, tmp_path: Path) ->
     assert [entry.name for entry in tmp_path.iterdir()] == [".lock"]
 
 
-def test_many_processes_are_refused_for_now(scenes: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "2")):
-        monkeypatch.setenv(name, value)
-    with pytest.raises(UserError, match="WORLD_SIZE=2"):
-        train.pretrain(settings(scenes, run))
-
-
 @pytest.mark.gpu
 def test_trains_on_cuda(cuda: torch.device, scenes: Path, run: Path) -> None:
     del cuda

@@ -1,0 +1,73 @@
+"""``cast-fast`` with a trunk of two convolutions under the name of a ResNet, and faults to order.
+
+Run as a script, for instance by torchrun: ``tiny_pretrain.py FAULTS pretrain …``. FAULTS are ``none`` or
+``KIND:RANK:STEP[:ATTEMPT]``, joined by commas: this rank, on its way into this step (counted from 1 over all starts of
+the run), in this start of torchrun's (the first by default), …
+
+- ``kill``: dies of SIGKILL.
+- ``hang``: never comes back from the loader.
+- ``term``, ``usr1``, ``int``: gets this signal, twice.
+- ``nan``: has a batch whose attention weight is infinite, from this step on.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from typing import Any
+
+import torch
+from tiny_encoder import CHANNELS, tiny_trunk
+
+import cast_fast.encoder
+from cast_fast import cli
+from cast_fast.data.batch import Batch
+from cast_fast.distributed import RECORD
+from cast_fast.step import StepMetrics, TrainStep
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
+
+
+def make_tiny() -> None:
+    """From now on every architecture is the tiny trunk."""
+    cast_fast.encoder.build_trunk = lambda arch: (tiny_trunk(), CHANNELS)
+
+
+def inject(faults: str) -> None:
+    """Puts the faults in the way of the training step."""
+    for fault in faults.split(","):
+        if fault != "none":
+            _inject(fault)
+
+
+def _inject(fault: str) -> None:
+    kind, rank, at, *attempt = fault.split(":")
+    if rank != os.environ.get("RANK", "0") or (attempt or ["0"])[0] != os.environ.get(
+        "TORCHELASTIC_RESTART_COUNT", "0"
+    ):
+        return
+    original = TrainStep.__call__
+
+    def step(self: TrainStep, batch: Batch, lr: float, report: Any = None) -> StepMetrics:
+        number = RECORD.step
+        if kind == "nan" and number >= int(at):
+            assert batch.weight is not None
+            batch.weight = torch.full_like(batch.weight, float("inf"))
+        elif number == int(at):
+            if kind == "hang":
+                print("hanging", flush=True)
+                threading.Event().wait()
+            os.kill(os.getpid(), SIGNALS[kind])
+            os.kill(os.getpid(), SIGNALS[kind])
+        return original(self, batch, lr, report)
+
+    TrainStep.__call__ = step
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    make_tiny()
+    inject(sys.argv[1])
+    sys.exit(cli.main(sys.argv[2:]))
