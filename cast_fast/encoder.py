@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 
 from cast_fast.errors import UserError
+from cast_fast.max_pool import MaxPool2d
 
 HEADS = ("linear", "mlp")
 
@@ -129,7 +130,7 @@ def build_trunk(arch: str) -> tuple[nn.Sequential, int]:
     trunk = nn.Sequential()
     for name, module in network.named_children():
         if name not in ("avgpool", "fc"):
-            trunk.add_module(name, module)
+            trunk.add_module(name, MaxPool2d.like(module) if isinstance(module, nn.MaxPool2d) else module)
     return trunk, int(network.fc.in_features)
 
 
