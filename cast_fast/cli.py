@@ -79,15 +79,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"cast-fast: error: unknown command {name!r}{hint} (commands: {', '.join(COMMANDS)})", file=sys.stderr)
         return EXIT_USER_ERROR
     module_name, line = COMMANDS[name]
-    command = importlib.import_module(module_name)
     parser = OneLineParser(
         prog=f"cast-fast {name}",
         description=line,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    command.add_arguments(parser)
     try:
+        command = importlib.import_module(module_name)
+        command.add_arguments(parser)
         return command.main(parser.parse_args(arguments[1:]))
     except UserError as error:
         message = " ".join(str(error).split())

@@ -13,12 +13,15 @@ GPU they wait for nothing: they are queued on the stream like a kernel.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import json
 import logging
 import os
 import platform
+import signal
+import sys
 import threading
 import time
 import uuid
@@ -115,6 +118,17 @@ def process_group(world: World, device: torch.device, timeout: float) -> Iterato
         # A rank that leaves because of an error must not wait for others here: the process is about to end anyway.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
+
+
+def end_with_launcher() -> None:
+    """Asks the kernel for SIGTERM when the launcher dies: no worker goes on alone when torchrun itself is killed.
+
+    torchrun hands SIGTERM, SIGINT, SIGHUP and SIGQUIT to its workers; any other signal kills it (SIGUSR1 too, unless
+    ``--signals-to-handle`` names it) and would leave them as orphans. Linux only; nothing without torchrun.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        set_parent_death_signal = 1
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def _fresh_store(store: dist.Store, world: World, timeout: float) -> dist.Store:

@@ -7,6 +7,7 @@ code 1; a *note* says that something slower or smaller takes its place, with the
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.metadata
 import json
 import os
@@ -27,6 +28,7 @@ from cast_fast.errors import UserError
 HELP = "say what is installed, what will run where, and why"
 
 OK, NOTE, FAULT = "ok", "note", "fault"
+DALI_PACKAGES = ("nvidia-dali-cuda130", "nvidia-dali-cuda120")
 LEAST_OPEN_FILES = 4096
 """A loader of many shards and NCCL's sockets together stay well below this."""
 LEAST_SHARED_MEMORY = 1 << 30
@@ -154,19 +156,36 @@ def _libraries(torch: Any, where: Any) -> Iterator[Finding]:
         yield Finding("Triton", state, "not installed: no fused losses and no torch.compile on a GPU")
     else:
         yield Finding("Triton", OK, triton if where.type == "cuda" else f"{triton} (compiles for GPUs only)")
-    dali = _version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
-    wanted = "cuda12" if (torch.version.cuda or "13").startswith("12") else "cuda13"
-    if dali is None:
-        hint = f"pip install 'cast_fast[{wanted}]'"
-        if _version("nvidia-dali") is not None:
-            hint = f"the package nvidia-dali is only a signpost; {hint}"
-        yield Finding("DALI", FAULT, f"not installed: nothing can load the pictures; {hint}")
-    elif where.type == "cuda" and wanted.removeprefix("cuda") not in dali:
-        yield Finding(
-            "DALI", NOTE, f"{dali}, but torch is built for CUDA {torch.version.cuda}: prefer the extra {wanted}"
-        )
+    fault = dali_fault()
+    dali = _version(*DALI_PACKAGES)
+    wanted = _dali_extra(torch)
+    if fault is not None:
+        yield Finding("DALI", FAULT, fault)
+    elif where.type == "cuda" and dali is not None and wanted.removeprefix("cuda") not in dali:
+        note = f"{dali}, but torch is built for CUDA {torch.version.cuda}: prefer the extra {wanted}"
+        yield Finding("DALI", NOTE, note)
     else:
-        yield Finding("DALI", OK, dali)
+        yield Finding("DALI", OK, dali or "installed, version unknown")
+
+
+def _dali_extra(torch: Any) -> str:
+    return "cuda12" if (torch.version.cuda or "13").startswith("12") else "cuda13"
+
+
+def dali_fault() -> str | None:
+    """Why DALI cannot load pictures here and what to install, or ``None``."""
+    import torch
+
+    hint = f"pip install 'cast_fast[{_dali_extra(torch)}]'"
+    try:
+        importlib.import_module("nvidia.dali")
+    except ModuleNotFoundError:
+        if _version("nvidia-dali") is not None and _version(*DALI_PACKAGES) is None:
+            return f"NVIDIA DALI is not installed (the package nvidia-dali is only a signpost): {hint}"
+        return f"NVIDIA DALI is not installed, and nothing else can load the pictures: {hint}"
+    except (ImportError, OSError) as error:
+        return f"NVIDIA DALI does not load ({error}): {hint}"
+    return None
 
 
 def _native() -> Iterator[Finding]:

@@ -58,6 +58,7 @@ from cast_fast.config import PretrainConfig, add_config_arguments, config_from_a
 from cast_fast.data import layout, sampling, shards
 from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
+from cast_fast.doctor import dali_fault
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
 from cast_fast.metrics import DELAY, STEP_SCALARS, CsvLog, Metrics, Reading
@@ -140,9 +141,17 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
     device = resolve_device(config.device, world)
     kernels = use_kernels(config.kernels, device)
     grid = cam_grid(config.arch, config.size)
+    if config.batch * grid[0] * grid[1] < 2:
+        raise UserError(
+            f"--batch: got {config.batch} at --size {config.size}, expected at least 2: BatchNorm needs two values"
+        )
+    if (fault := dali_fault()) is not None:
+        raise UserError(fault)
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(_quiet_unless(world.is_main))
+        if world.size > 1:
+            distributed.end_with_launcher()
         stack.enter_context(distributed.process_group(world, device, config.collective_timeout))
         run, locked, saved, dataset = config.out, False, None, None
 
@@ -263,7 +272,14 @@ def use_kernels(name: str, device: torch.device) -> bool:
 
 
 def _holds_run(run: Path) -> bool:
-    return any((run / name).exists() for name in ("config.json", "metrics.csv", checkpoint.FOLDER))
+    """Whether a run took a step in this folder. One that failed before its first step may be started again."""
+    if checkpoint.steps(run):
+        return True
+    try:
+        with open(run / "metrics.csv", "rb") as handle:
+            return len(handle.readlines(2**16)) > 1  # more than the header
+    except OSError:
+        return False
 
 
 def _check_run_folder(run: Path, config: PretrainConfig, processes: int) -> None:
@@ -396,6 +412,7 @@ class _Trainer:
         self.optimizer_record = optimizer_record
         self.first_step = self.step = 0
         self.saved_step: int | None = None
+        self.fresh = not _holds_run(self.run)
         self.fingerprint = dataset.fingerprint()
         self.compiled = False
         self.rank_stopped = False
@@ -458,7 +475,7 @@ class _Trainer:
             "total_steps": self.total_steps,
             "starts": [],
         }
-        if path.exists():
+        if path.exists() and not self.fresh:
             content = _read_run_config(path)
         start = {
             "step": self.step,
@@ -553,14 +570,14 @@ class _Trainer:
             logger.info("%d steps on %d samples into %s", self.total_steps, len(self.dataset.samples), self.run)
         main, many = self.world.is_main, self.world.size > 1
         stack.enter_context(distributed.Heartbeat(self.run / HEARTBEATS, self.world))
+        loader = self.build_loader(grid)
+        stack.callback(loader.close)
+        train_step = self.build_step()
         # On many ranks a signal is known when the metrics are: read a step earlier, all stop within two steps.
         metrics = Metrics(self.run if main else None, step=self.step, delay=1 if many else DELAY)
         stack.callback(metrics.close)
         self.nonfinite.open(self.run if main else None, self.step, self.dataset)
         stack.callback(self.nonfinite.close)
-        loader = self.build_loader(grid)
-        stack.callback(loader.close)
-        train_step = self.build_step()
         distributed.on_main(lambda: self.write_run_folder(loader, train_step), "config.json")
         display = stack.enter_context(_Display(self.step, self.total_steps, shown=main))
         clock = _Clock(global_batch, self.device)

@@ -301,3 +301,29 @@ def test_flags_round_trip(scenes: Path, tmp_path: Path) -> None:
     add_config_arguments(parser)
     config = settings(scenes, tmp_path / "run")
     assert config_from_args(parser.parse_args(command_line(config)[1:])) == config
+
+
+def test_a_batch_too_small_for_batch_norm(scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    line = refused(capfd, command_line(settings(scenes, run, batch=1, size=32)))
+    assert "--batch: got 1 at --size 32" in line and not run.exists()
+
+
+def test_a_start_that_failed_before_its_first_step_can_be_repeated(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a crash between config.json and the first step leaves behind is no run."""
+    run = tmp_path / "run"
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("the first step fails")
+
+    config = settings(scenes, run, steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("cast_fast.step.TrainStep.__call__", fail)
+        with pytest.raises(RuntimeError, match="the first step fails"):
+            cli.main(command_line(config))
+    assert (run / "config.json").exists()
+    assert cli.main(command_line(dataclasses.replace(config, lr=0.25))) == 0
+    assert json.loads((run / "config.json").read_text())["config"]["lr"] == 0.25
+    assert cli.main(command_line(config)) == 2  # now it holds one

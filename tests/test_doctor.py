@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,17 +35,32 @@ def test_table_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "a run here" in text and "torch" in text
 
 
+def hide_dali(monkeypatch: pytest.MonkeyPatch, *installed: str) -> None:
+    """Makes DALI unimportable; ``installed`` are the packages that metadata still shows."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.setattr(
+        doctor, "_version", lambda *names: next((f"{name} 1.0" for name in names if name in installed), None)
+    )
+
+
 def test_without_dali_pretraining_would_fail(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda *names: None if "dali" in names[0] else real(*names))
+    hide_dali(monkeypatch)
     finding = by_name(device="cpu")["DALI"]
     assert finding.state == doctor.FAULT and "pip install 'cast_fast[cuda13]'" in finding.text
     assert cli.main(["doctor", "--device", "cpu", "--no-compile"]) == 1
 
 
 def test_the_signpost_package_is_told_from_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "_version", lambda *names: "nvidia-dali 1.0" if names == ("nvidia-dali",) else None)
+    hide_dali(monkeypatch, "nvidia-dali")
     assert "signpost" in by_name(device="cpu")["DALI"].text
+
+
+def test_pretraining_without_dali_is_one_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    hide_dali(monkeypatch)
+    run = tmp_path / "run"
+    assert cli.main(["pretrain", "--images", "a", "--saliency", "b", "--out", str(run), "--arch", "resnet18"]) == 2
+    error = capsys.readouterr().err
+    assert "DALI is not installed" in error.splitlines()[-1] and not run.exists()
 
 
 def test_a_missing_gpu_is_a_fault_only_where_it_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
