@@ -333,7 +333,7 @@ def studies() -> list[Study]:
     small_maps = 2 * N * C * 4 + 3 * N * SIDE * SIDE * 4 + N * 4
     return [
         Study(
-            "normalise and mask the key crops",
+            "normalise and mask the key crops, with the two stem convolutions that read them",
             normalise_and_mask,
             lambda: [
                 _empty(N, 3, SIZE, SIZE, dtype=torch.uint8),
