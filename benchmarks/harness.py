@@ -135,6 +135,11 @@ def environment(device: torch.device) -> Environment:
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
         "platform": platform.platform(),
+        # What float32 means in this run: on CUDA torch lets convolutions use TF32 unless it is told otherwise.
+        "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_allow_tf32": torch.backends.cuda.matmul.allow_tf32,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "cudnn_benchmark": torch.backends.cudnn.benchmark,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -150,6 +155,16 @@ def environment(device: torch.device) -> Environment:
         threads = torch.get_num_threads()
         name = f"{cpu_name()}, {threads} thread{'s' if threads > 1 else ''}"
     return Environment(name, versions, git_commit(), _utc_now(), details)
+
+
+def float32_note(env: Environment) -> str:
+    """What float32 means on a CUDA device in this run, in words."""
+    convolutions, products = (
+        "in TF32 where cuDNN chooses so" if env.details["cudnn_allow_tf32"] else "in full",
+        "in TF32" if env.details["matmul_allow_tf32"] else "in full",
+    )
+    search = "searches" if env.details["cudnn_benchmark"] else "does not search"
+    return f"float32: convolutions {convolutions}, matrix products {products}; cuDNN {search} for algorithms"
 
 
 def _first_version(distributions: Sequence[str]) -> str | None:

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 HEADROOM = 0.94
 """Share of the memory that a step may fill: the rest is the context, cuDNN's workspaces and fragments."""
 BATCH_STEP = 32
+FLOAT32_SETTINGS = ("cudnn_allow_tf32", "matmul_allow_tf32", "float32_matmul_precision", "cudnn_benchmark")
+"""Keys of an environment's details that say what float32 meant."""
 
 
 def read_records(path: Path) -> list[Row]:
@@ -98,6 +100,16 @@ def plain_rows(records: list[Row]) -> list[list[str]]:
     ]
 
 
+def float32_line(folder: Path) -> list[str]:
+    """What float32 meant in a phase, by the settings in its environment."""
+    try:
+        details = json.loads((folder / "environment.json").read_text())["details"]
+        modes = [f"{key} {details[key]}" for key in FLOAT32_SETTINGS]
+    except (OSError, KeyError, json.JSONDecodeError):
+        return []
+    return [f"float32: {', '.join(modes)}.", ""]
+
+
 def report(out: Path) -> str:
     """The report as Markdown."""
     lines = ["# GPU check", ""]
@@ -111,6 +123,7 @@ def report(out: Path) -> str:
             lines += [f"{first['device']}, commit {first['commit']}, {first['date']}; {versions}.", ""]
         lines += [f"## {name}", "", f"{status}", ""]
         if any(row["name"] == "step" for row in records):
+            lines += float32_line(folder)
             columns = ["line", "images/s", "p20–p80", "× published", "× published-amp", "moco ÷ line", "of bound"]
             lines += table([*columns, "peak GiB", "samples"], ladder_rows(records))
             records = [row for row in records if row["unit"] != "images/s" and row["name"] != "peak_memory"]

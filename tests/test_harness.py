@@ -187,6 +187,20 @@ def test_environment_names_device_and_commit(monkeypatch) -> None:
     assert harness.result_path(env).parts[-2:] == ("cpu", f"{env.date[:10]}_0123abc.jsonl")
 
 
+def test_environment_says_what_float32_means(monkeypatch) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    env = harness.environment(CPU)
+    assert env.details["cudnn_allow_tf32"] is env.details["cudnn_benchmark"] is True
+    assert env.details["matmul_allow_tf32"] is False
+    assert env.details["float32_matmul_precision"] == "highest"
+    assert harness.float32_note(env) == (
+        "float32: convolutions in TF32 where cuDNN chooses so, matrix products in full; cuDNN searches for algorithms"
+    )
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert "convolutions in full" in harness.float32_note(harness.environment(CPU))
+
+
 def test_tensor_bytes_counts_each_storage_once() -> None:
     layer = torch.nn.Linear(4, 4, bias=False)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
