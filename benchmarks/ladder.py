@@ -41,6 +41,9 @@ from cast_kernels import reference
 LADDER = ("published", "published-amp", "one-pass", "closed-form", "compiled", "kernels")
 BESIDE = ("moco", "trunk-bound")
 
+COMPILED = ("compiled", "kernels", "moco", "trunk-bound")
+"""Lines that ``torch.compile`` compiles when they first run."""
+
 TRUNK_UNITS = {
     "published": 8,
     "published-amp": 8,

@@ -33,15 +33,14 @@ import harness
 import ladder
 
 from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
-from cast_fast.data import layout, shards
 from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
-from cast_fast.data.synthetic import write_dataset
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
 
 if TYPE_CHECKING:
     from cast_fast.data.dali_loader import DaliLoader
+    from cast_fast.data.layout import Dataset
 
 LOADING = ("loader", "end-to-end")
 LINES = (*ladder.LADDER, *ladder.BESIDE, *LOADING)
@@ -50,9 +49,18 @@ THEORY = 5 / 4
 TURN = 4
 """Batches in one timed turn of a loader line."""
 DRAIN = 3
-"""Batches taken untimed before each turn: those that DALI has prefetched while another line ran would hide its rate."""
-CPU_SECONDS = 360.0
-"""On a CPU no further round starts after this many seconds, so that a run without flags ends within eight minutes."""
+"""Batches taken untimed before each turn of ``loader``: those that DALI has prefetched would hide its rate."""
+STEADY = 3
+"""Steps taken untimed before each turn of ``end-to-end``: they leave DALI's queue as full as training keeps it, and
+torch's memory allocated."""
+CPU_SECONDS = {False: 360.0, True: 200.0}
+"""--quick -> on a CPU no further round and no compilation starts after this many seconds, so that a run without flags
+ends within eight minutes on two cores, and one with ``--quick`` within five."""
+OUT_OF_TIME = "not measured: out of time"
+
+
+class OutOfTime(Exception):
+    """The deadline passed before a line had been compiled."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class Plan:
     repeats: int
     calls: int
     deadline: float | None
-    """``time.monotonic()`` after which no further round starts."""
+    """``time.monotonic()`` after which no further round and no compilation starts."""
     threads: int
     scenes: int
     keep: bool = False
@@ -100,8 +108,20 @@ class Report:
         first, second = self.rate(top), self.rate(bottom)
         return None if first is None or second is None else first / second
 
+    def allow_compiling(self, name: str) -> None:
+        """Notes a line as absent where there is no time left to compile it.
+
+        Raises:
+            OutOfTime: the deadline has passed.
+        """
+        if self.plan.deadline is not None and time.monotonic() >= self.plan.deadline:
+            self.absent[name] = OUT_OF_TIME
+            raise OutOfTime
+
     def add(self, name: str, outcome: harness.Outcome, state_bytes: int | None) -> None:
-        """Records a line that has just ended."""
+        """Records a line that has just ended, unless it is absent."""
+        if name in self.absent:
+            return
         settings, images = self.plan.settings, self.images(name)
         self.outcomes[name] = outcome
         units = ladder.TRUNK_UNITS.get(name)
@@ -137,6 +157,8 @@ def measure_steps(report: Report) -> dict[str, ladder.Built]:
 
     def factory(name: str) -> harness.Line:
         def build() -> Callable[[], object]:
+            if name in ladder.COMPILED:
+                report.allow_compiling(name)
             built[name] = ladder.build(name, plan.settings)
             return built[name].run
 
@@ -145,13 +167,16 @@ def measure_steps(report: Report) -> dict[str, ladder.Built]:
     def on_line(name: str, outcome: harness.Outcome) -> None:
         if isinstance(outcome, harness.Failure):
             built.pop(name, None)
-            say(f"{name}: failed: {outcome.reason}")
+            say(f"{name}: {report.absent.get(name) or f'failed: {outcome.reason}'}")
         elif name in built:
             state_bytes[name] = harness.tensor_bytes(*built[name].state)
         report.add(name, outcome, state_bytes.get(name))
 
-    # The bound and MoCo come first in each round, so that every other line finds them measured when it ends.
-    order = [name for name in (*reversed(ladder.BESIDE), *ladder.LADDER) if name in plan.lines]
+    # The bound and MoCo come first in each round, so that every other line finds them measured when it ends; then the
+    # product, so that a slow machine still has the time to compile it.
+    product = [name for name in ladder.LADDER if name in ladder.COMPILED]
+    eager = [name for name in ladder.LADDER if name not in ladder.COMPILED]
+    order = [name for name in (*reversed(ladder.BESIDE), *product, *eager) if name in plan.lines]
     for name in order:
         if reason := ladder.absent(name, plan.settings):
             report.absent[name] = reason
@@ -171,11 +196,14 @@ def measure_steps(report: Report) -> dict[str, ladder.Built]:
     return built
 
 
-def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, ladder.Built]) -> None:
+def measure_loading(report: Report, dataset: Dataset, built: dict[str, ladder.Built]) -> None:
     """Measures the loader alone and the loader feeding the product's step."""
     plan = report.plan
     cuda = plan.settings.device.type == "cuda"
+    # Here and not before each turn: what a step must allocate anew from the driver is no part of its time in training.
+    harness.clear_memory(plan.settings.device)
     loader = build_loader(plan, dataset)
+    training: list[Callable[[], object]] = []
 
     def drain() -> None:
         for _ in range(DRAIN):
@@ -190,16 +218,28 @@ def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, la
 
     def train() -> Callable[[], object]:
         name = product_line(plan.settings)
-        line = built.get(name) or ladder.build(name, plan.settings)
+        line = built.get(name)
+        if line is None:
+            report.allow_compiling("end-to-end")
+            line = ladder.build(name, plan.settings)
         step: Callable[[Batch], object] | None = line.step
         assert step is not None
-        step(next(loader))  # compiles here where the ladder has not
+
+        def once() -> None:
+            step(next(loader))
+
+        once()  # compiles here where the ladder has not
+        training.append(once)
 
         def run() -> None:
             for _ in range(TURN):
-                step(next(loader))
+                once()
 
         return run
+
+    def train_on() -> None:
+        for _ in range(STEADY):
+            training[0]()
 
     try:
         lines = {name: line for name, line in {"loader": take, "end-to-end": train}.items() if name in plan.lines}
@@ -208,8 +248,7 @@ def measure_loading(report: Report, dataset: layout.Dataset, built: dict[str, la
             device=plan.settings.device,
             repeats=plan.repeats if cuda else min(plan.repeats, 3),
             warmup=0,
-            prepare=dict.fromkeys(lines, drain),
-            release=cuda,
+            prepare={"loader": drain, "end-to-end": train_on},
             deadline=plan.deadline,
             on_sample=report.results.sample,
             on_line=lambda name, outcome: report.add(name, outcome, None),
@@ -241,12 +280,16 @@ def dali_fault() -> str | None:
     return None
 
 
-def open_dataset(plan: Plan) -> layout.Dataset:
+def open_dataset(plan: Plan) -> Dataset:
     """The user's images, or made scenes.
 
     Raises:
         UserError: a folder is missing or has faults.
     """
+    # Here, because the ladder needs no pictures and so none of the libraries that read and draw them.
+    from cast_fast.data import layout, shards
+    from cast_fast.data.synthetic import write_dataset
+
     config = plan.settings.config
     if config.data is not None:
         packed = layout.usable(shards.scan_shards(config.data), skip_invalid=False, on_empty_saliency="error")
@@ -262,13 +305,13 @@ def open_dataset(plan: Plan) -> layout.Dataset:
     return _large_enough(dataset, config.batch)
 
 
-def _large_enough(dataset: layout.Dataset, batch: int) -> layout.Dataset:
+def _large_enough(dataset: Dataset, batch: int) -> Dataset:
     if len(dataset) < batch:
         raise UserError(f"--batch: got {batch}, but {dataset.images} holds {len(dataset)} images")
     return dataset
 
 
-def build_loader(plan: Plan, dataset: layout.Dataset) -> DaliLoader:
+def build_loader(plan: Plan, dataset: Dataset) -> DaliLoader:
     """The product's loader with the settings of the steps."""
     from cast_fast.data.dali_loader import Augmentation, DaliLoader
 
@@ -352,7 +395,10 @@ def show(report: Report) -> None:
     rows = [row_of(name, entry, settings.batch)[:shown] for name, entry in entries.items()]
     title = f"CAST step, {settings.arch}, {settings.size} px, batch {settings.batch}, {settings.precision}"
     where = f"{env.device}; torch {env.versions['torch']}; commit {env.commit}; {env.date}"
-    notes = [where, *(f"{name}: {entry['reason']}" for name, entry in entries.items() if entry["status"] != "ok")]
+    notes = [where]
+    if settings.device.type == "cuda":
+        notes.append(harness.float32_note(env))
+    notes += [f"{name}: {entry['reason']}" for name, entry in entries.items() if entry["status"] != "ok"]
     notes.append(f"× moco time: {THEORY:.2f} in theory (five trunk units against four)")
     if report.limit == "loader":
         notes.append("end-to-end: the loader limits; the step waits for pictures")
@@ -398,7 +444,9 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="interleaved rounds (default: 10 on CUDA, 5; --quick 3)"
     )
-    parser.add_argument("--max-seconds", type=float, metavar="S", help="start no further round after this time")
+    parser.add_argument(
+        "--max-seconds", type=float, metavar="S", help="start no further round or compilation after this"
+    )
     parser.add_argument("--out", type=Path, default=Path("bench_out/throughput"), metavar="DIR", help="output folder")
     parser.add_argument("--keep", action="store_true", help="add the records to benchmarks/results/ as well")
     args = parser.parse_args(argv)
@@ -407,7 +455,7 @@ def parse(argv: list[str] | None) -> Plan:
     cuda = settings.device.type == "cuda"
     repeats = args.repeats if args.repeats is not None else 3 if args.quick else 10 if cuda else 5
     scenes = args.scenes if args.scenes is not None else 1024 if cuda and not args.quick else 64
-    seconds = args.max_seconds if args.max_seconds is not None else None if cuda else CPU_SECONDS
+    seconds = args.max_seconds if args.max_seconds is not None else None if cuda else CPU_SECONDS[args.quick]
     for flag, value, low in (
         ("--repeats", repeats, 1),
         ("--scenes", scenes, 1),

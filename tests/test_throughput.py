@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +130,87 @@ def test_without_dali_the_loader_lines_say_so(
     for name in throughput.LOADING:
         assert summary["lines"][name]["status"] == "absent"
     assert "DALI is not installed" in capsys.readouterr().out
+
+
+def test_the_ladder_needs_none_of_the_picture_libraries(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['cv2', 'nvidia.dali', 'hypothesis']));"
+        "import throughput; sys.exit(throughput.main(sys.argv[1:]))"
+    )
+    folders = [str(harness.ROOT), str(harness.ROOT / "kernels"), str(harness.ROOT / "benchmarks")]
+    flags = [*TINY, "--device", "cpu", "--variants", "closed-form", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "summary.json").read_text())["lines"]["closed-form"]["status"] == "ok"
+
+
+def test_nothing_is_compiled_once_time_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("nvidia.dali")
+
+    def compile_late(*_: object, **__: object) -> None:
+        pytest.fail("compiled after the deadline")
+
+    monkeypatch.setattr(torch, "compile", compile_late)
+    flags = ["--variants", "closed-form,compiled,trunk-bound,end-to-end", "--max-seconds", "0.001", "--repeats", "3"]
+    code, records, summary = run(tmp_path, *flags)
+    assert code == 0
+    assert {name: row["repeats"] for name, row in records.items()} == {"closed-form": 1}
+    for name in ("compiled", "trunk-bound", "end-to-end"):
+        assert summary["lines"][name] == {"status": "absent", "reason": "not measured: out of time"}
+
+
+def test_what_ladder_calls_compiled_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[str] = []
+    settings = tiny_settings()
+    for name in STEPS:
+        if name != "kernels":
+            monkeypatch.setattr(torch, "compile", lambda function, name=name, **_: compiled.append(name) or function)
+            ladder.build(name, settings).run()
+    assert {*compiled, "kernels"} == set(ladder.COMPILED)
+
+
+def test_quick_runs_have_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput.time, "monotonic", lambda: 1000.0)
+    deadlines = [
+        throughput.parse(["--device", "cpu", *flags]).deadline
+        for flags in ([], ["--quick"], ["--quick", "--max-seconds", "30"])
+    ]
+    assert deadlines == [1360, 1200, 1030]
+
+
+def test_turns_with_the_loader_begin_in_its_steady_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    class Loader:
+        def __next__(self) -> None:
+            events.append("take")
+
+        def close(self) -> None:
+            events.append("close")
+
+    def time_calls(run: Callable[[], object], *, prepare: Callable[[], object], **_: object) -> list[float]:
+        prepare()
+        events.append("start")
+        run()
+        events.append("end")
+        return [1.0]
+
+    monkeypatch.setattr(throughput, "build_loader", lambda plan, dataset: Loader())
+    monkeypatch.setattr(harness, "time_calls", time_calls)
+    plan = throughput.parse([*TINY, "--device", "cpu", "--out", str(tmp_path), "--repeats", "2"])
+    report = throughput.Report(plan, harness.open_results(tmp_path, harness.environment(torch.device("cpu"))))
+    built = {"compiled": ladder.Built(lambda: None, (), lambda batch: events.append("step"))}
+    dataset: Any = None
+    throughput.measure_loading(report, dataset, built)
+    alone = [*["take"] * 3, "start", *["take"] * 4, "end"]
+    fed = [*["take", "step"] * 3, "start", *["take", "step"] * 4, "end"]
+    assert events == ["take", "step", *(alone + fed) * 2, "close"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -303,6 +387,7 @@ def test_report_of_a_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     _left_by_gpu_check(tmp_path)
     assert report.main([str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
+    assert "float32: cudnn_allow_tf32 True, matmul_allow_tf32 False, float32_matmul_precision highest" in text
     assert "## ladder-256\n\nok, 300 s\n" in text
     assert "| kernels | 2,048 | 2,048–2,048 | 3.2 | – | 1.25 | – | 27.94 | 1 |" in text
     assert "## ladder-64\n\ncut off, not ended" in text
