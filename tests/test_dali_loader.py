@@ -286,6 +286,25 @@ def test_a_batch_in_use_is_not_overwritten(dataset: Dataset, device: torch.devic
         assert all(torch.equal(tensor, kept) for tensor, kept in zip(_tensors(batch), copy))
 
 
+@pytest.mark.gpu
+def test_a_batch_may_be_dropped_while_a_kernel_reads_it(dataset: Dataset, cuda: torch.device) -> None:
+    """DALI lets go of its memory only after the kernels that were launched before."""
+    loader = _loader(dataset, device="cuda")
+    want = [tensor.cpu() for tensor in _tensors(next(loader))]
+    for _ in range(6):  # the pool grows to what the second pass needs, so that no allocation waits for the device
+        next(loader)
+    torch.cuda.synchronize(cuda)
+    loader.seek(0)
+    batch = next(loader)
+    torch.cuda._sleep(4_000_000_000)  # cycles: about two seconds, in which six batches are made and dropped
+    read = [tensor.clone() for tensor in _tensors(batch)]  # each clone waits for the sleeping kernel
+    del batch
+    for _ in range(6):
+        next(loader)
+    torch.cuda.synchronize(cuda)
+    assert all(torch.equal(tensor.cpu(), kept) for tensor, kept in zip(read, want, strict=True))
+
+
 def test_a_closed_loader_says_so(dataset: Dataset) -> None:
     loader = _loader(dataset)
     loader.close()

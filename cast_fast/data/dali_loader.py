@@ -21,9 +21,13 @@ in YIQ where torchvision turns in HSV, and nothing is clamped in between. Grey c
 (rounding inside DALI). The blur follows, with a kernel cut at three standard deviations.
 
 **Buffers.** Batches share DALI's memory (DLPack, no copy). DALI's default executor never writes to an output that is
-still referenced, so a batch may be kept as long as one likes. On CUDA the outputs are bound to the stream that was
-current in torch when the batch was asked for: use them there, or make another stream wait for it, as with any tensor
-of torch's own caching allocator.
+still referenced, so a batch may be kept as long as one likes. On CUDA the stream that is current in torch when the
+batch is asked for waits until it is there; make any other stream that reads it wait for that one. The memory remains
+DALI's: torch's allocator knows nothing of it, and DALI knows nothing of the streams that read it. A batch may be
+dropped as soon as its last reader is launched all the same, on whatever stream: the deleter of a CUDA tensor only
+queues the memory (``EnqueueForDeletion`` in DALI's ``dltensor.h``), and a thread of DALI's lets go of it after a
+synchronisation of the whole device (DALI 2.4.0). So dropped batches count as used until the device has done what was
+launched before.
 """
 
 from __future__ import annotations
