@@ -7,12 +7,14 @@
 # with the same OUTDIR skips what has ended and goes on. A phase cut off by the end of the call is started again by the
 # next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz holds the small files of all.
 #
-# Needs a CUDA device and a Python (3.10 or later) with torch, Triton, torchvision, NumPy, rich, matplotlib and pytest;
-# installs nothing and uses no network. PYTHON names the interpreter; CAST_FAST_COMMIT names the commit where the tree
-# was copied without its .git; GPU_CHECK_SECONDS (530) is the length of a call.
+# Needs a CUDA device and a Python (3.10 or later) with torch, Triton, torchvision (and so Pillow), NumPy, rich and
+# matplotlib. Phases that need more are skipped where it is missing, and say so: tests needs pytest, hypothesis and
+# OpenCV, native these and DALI, loader OpenCV and DALI. Without timm, safetensors or tensorboard, tests leaves out the
+# files that import them. Installs nothing and uses no network. PYTHON names the interpreter; CAST_FAST_COMMIT names the
+# commit where the tree was copied without its .git; GPU_CHECK_SECONDS (530) is the length of a call.
 #
-# Exit code: 0 all phases have ended well, 1 all have ended and some failed, 2 wrong use or no CUDA device,
-# 75 phases are left for the next call.
+# Exit code: 0 all phases have ended well, 1 all have ended and some failed, 2 wrong use, no CUDA device or a missing
+# package without which no phase runs, 75 phases are left for the next call.
 set -uo pipefail
 
 usage() { sed -n '4s/^#   /usage: /p' "$0"; }
@@ -75,12 +77,28 @@ if [[ -z $python ]]; then
   [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
 fi
 command -v "$python" >/dev/null || fail "PYTHON: $python not found"
-"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' 2>/dev/null
+# Imported, not only looked for: a package whose shared libraries are missing is as good as absent.
+probe='import importlib, os, sys
+answer = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)  # some packages print when they are imported
+import torch
+for name in sys.argv[1:]:
+    try:
+        importlib.import_module(name)
+    except Exception:
+        print(name, file=answer, flush=True)
+sys.exit(0 if torch.cuda.is_available() else 3)'
+every_phase=(triton torchvision PIL numpy rich matplotlib)
+absent=$("$python" -c "$probe" "${every_phase[@]}" pytest hypothesis cv2 timm safetensors tensorboard nvidia.dali 2>/dev/null)
 case $? in
   0) ;;
   3) fail "torch finds no CUDA device here; --dry-run lists the phases" ;;
   *) fail "$python has no torch; name another interpreter with PYTHON=…" ;;
 esac
+absent=" ${absent//$'\n'/ } "
+absent_of() { local name; for name; do [[ $absent != *" $name "* ]] || printf '%s ' "$name"; done; }
+missing=$(absent_of "${every_phase[@]}")
+[[ -z $missing ]] || fail "$python lacks ${missing% }, which every phase needs; name another interpreter with PYTHON=…"
 
 budget=${GPU_CHECK_SECONDS:-530}
 [[ $budget =~ ^[0-9]+$ ]] || fail "GPU_CHECK_SECONDS: got $budget, expected a number of seconds"
@@ -91,6 +109,11 @@ export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 # A phase gets its folder as $1 and its seconds as $2. 77 says that it does not apply here; its last line says why.
+needs() { # module…
+  local missing
+  missing=$(absent_of "$@")
+  [[ -z $missing ]] || { echo "not installed: ${missing% }"; return 77; }
+}
 ladder() { # folder seconds batch flags…
   local folder=$1 seconds=$2 batch=$3
   shift 3
@@ -103,10 +126,14 @@ phase_environment() {
   "$python" benchmarks/ceilings.py --device cuda --out "$1"
 }
 phase_tests() {
-  local workers=()
+  needs pytest hypothesis cv2 || return
+  local workers=() ignored=() name
   has xdist && workers=(--numprocesses 4)
+  if [[ -n $(absent_of timm safetensors tensorboard) ]]; then
+    for name in backgrounds downstream export grounding metrics probe; do ignored+=(--ignore "tests/test_$name.py"); done
+  fi
   CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
-    --durations=10 --junitxml "$1/junit.xml" "${workers[@]}"
+    --durations=10 --junitxml "$1/junit.xml" "${workers[@]}" "${ignored[@]}"
 }
 phase_ladder-256() { ladder "$1" "$2" 256 --variants published,published-amp,one-pass,closed-form,compiled,kernels,moco,trunk-bound; }
 phase_ladder-512() { ladder "$1" "$2" 512 --variants published-amp,compiled,kernels,moco,trunk-bound; }
@@ -132,12 +159,12 @@ phase_memory() {
   ladder "$1" $(($2 / 2)) "$batch" --variants kernels --repeats 1
 }
 phase_native() {
-  has nvidia.dali || { echo "DALI is not installed: no native operator"; return 77; }
+  needs nvidia.dali pytest hypothesis cv2 || return
   "$python" kernels/cast_kernels/dali_plugin.py build --cuda on &&
     CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_dali_plugin.py
 }
 phase_loader() {
-  has nvidia.dali || { echo "DALI is not installed: no loader, no end-to-end line"; return 77; }
+  needs nvidia.dali cv2 || return
   "$python" benchmarks/loader.py --device cuda --out "$1/loader" || return
   ladder "$1" "$2" 256 --variants kernels,loader,end-to-end --repeats 3
 }
@@ -165,8 +192,8 @@ for row in "${PHASES[@]}"; do
   begin=$SECONDS
   (
     # timeout runs programs, not functions: it gets a shell that knows them.
-    export -f ladder sanitize has "phase_$name"
-    export python out
+    export -f ladder sanitize has needs absent_of "phase_$name"
+    export python out absent
     timeout --signal=TERM --kill-after=5 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
   ) >"$folder/log.txt" 2>&1
   rc=$?

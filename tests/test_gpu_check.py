@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.sh"
 STAND_IN = """#!/usr/bin/env bash
 # Answers as an interpreter with torch and a GPU would; what a script does is told by files in $PLAY.
 case "$*" in
-  *"import nvidia.dali"*) exit 1 ;;
+  *"importlib.import_module"*) cat "$PLAY/absent"; exit 0 ;;
   "-c "*) exit 0 ;;
   *"--largest-batch"*) echo 480; exit 0 ;;
   *report.py*) touch "$2/report.md"; exit 0 ;;
@@ -36,6 +37,11 @@ class Bench:
         self.python = root / "python"
         self.python.write_text(STAND_IN)
         self.python.chmod(0o755)
+        self.lacks("nvidia.dali")
+
+    def lacks(self, *modules: str) -> None:
+        """The modules that the stand-in cannot import."""
+        (self.root / "absent").write_text("".join(f"{name}\n" for name in modules))
 
     def rule(self, script: str, does: str) -> None:
         """What a script does when the stand-in is asked to run it; nothing for the empty text."""
@@ -104,6 +110,52 @@ def test_wrong_use(bench: Bench, flags: list[str], message: str) -> None:
     assert message in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_a_package_of_every_phase_is_asked_for_at_once(bench: Bench) -> None:
+    bench.lacks("rich", "matplotlib", "cv2")
+    done = bench.call()
+    assert done.returncode == 2
+    assert "lacks rich matplotlib, which every phase needs" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not bench.out.exists()
+
+
+def test_phases_without_their_packages_say_so_and_the_others_run(bench: Bench) -> None:
+    bench.lacks("hypothesis", "cv2")
+    done = bench.call("--only", "tests", "--only", "ladder-256", "--only", "loader")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert bench.status("tests") == "skipped: not installed: hypothesis cv2"
+    assert bench.status("ladder-256") == "ok"
+    assert bench.status("loader") == "skipped: not installed: cv2"
+    assert len(bench.calls) == 1 and "throughput.py" in bench.calls[0]
+
+
+def test_tests_of_missing_extras_are_left_out(bench: Bench) -> None:
+    bench.call("--only", "tests")
+    assert "--ignore" not in bench.calls[-1]
+    bench.lacks("timm")
+    bench.call("--only", "tests", "--redo", "tests")
+    ignored = {Path(word) for word in bench.calls[-1].split() if word.startswith("tests/")}
+    assert Path("tests/test_export.py") in ignored
+    assert all((SCRIPT.parent.parent / path).is_file() for path in ignored)
+
+
+def test_the_packages_of_this_interpreter_are_really_tried(tmp_path: Path) -> None:
+    """The probe itself, with a package that is there but does not import."""
+    (tmp_path / "rich.py").write_text("raise OSError('a shared library is missing')")
+    (tmp_path / "torch.py").write_text("class cuda:\n    is_available = staticmethod(lambda: True)\n")
+    for name in ("triton", "torchvision", "PIL", "numpy", "matplotlib"):
+        (tmp_path / f"{name}.py").write_text("print('PIL')")
+    done = subprocess.run(
+        [str(SCRIPT), str(tmp_path / "out")],
+        env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    assert "lacks rich, which" in done.stderr
+
+
 def test_all_phases_then_nothing_is_done_twice(bench: Bench) -> None:
     (bench.root / "compute-sanitizer").write_text('#!/usr/bin/env bash\nexec "$PYTHON" "${@: -1}"\n')
     (bench.root / "compute-sanitizer").chmod(0o755)
@@ -112,7 +164,7 @@ def test_all_phases_then_nothing_is_done_twice(bench: Bench) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     phases = [line.split()[0] for line in bench.call("--dry-run").stdout.splitlines()[1:]]
     assert all(bench.status(name) for name in phases)
-    assert bench.status("loader") == "skipped: DALI is not installed: no loader, no end-to-end line"
+    assert bench.status("loader") == "skipped: not installed: nvidia.dali"
     ladders = [call for call in calls if "throughput.py" in call]
     assert [call.split("--batch ")[1].split()[0] for call in ladders] == ["256", "512", "128", "64", "480"]
     assert sum("sanitizer_cases.py" in call for call in calls) == 2
