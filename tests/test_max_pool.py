@@ -101,12 +101,13 @@ def traced_backward(pool: nn.Module) -> tuple[list[str], Tensor]:
 
 
 def test_one_graph_without_a_scatter_and_the_switch() -> None:
-    gathered, have = traced_backward(MaxPool2d(3, 2, 1))
+    gathered, have = traced_backward(MaxPool2d(3, 2, 1, gathered=True))
     scattered, want = traced_backward(MaxPool2d(3, 2, 1, gathered=False))
     ordinary, _ = traced_backward(nn.MaxPool2d(3, 2, 1))
+    default, _ = traced_backward(MaxPool2d(3, 2, 1))
     assert not any("scatter" in name or "max_pool" in name for name in gathered)
     assert any("index" in name for name in gathered)
-    assert scattered == ordinary
+    assert scattered == ordinary == default  # by default the CPU scatters
     assert torch.equal(have, want)
 
 
@@ -116,7 +117,7 @@ def test_compiled_by_inductor_for_the_cpu() -> None:
     gradient = upstream(expected)
     (want,) = torch.autograd.grad(expected, x, gradient)
     torch._dynamo.reset()
-    got = torch.compile(MaxPool2d(3, 2, 1), fullgraph=True, dynamic=False)(x)
+    got = torch.compile(MaxPool2d(3, 2, 1, gathered=True), fullgraph=True, dynamic=False)(x)
     (have,) = torch.autograd.grad(got, x, gradient)
     assert torch.equal(got, expected) and torch.equal(have, want)
     assert have.is_contiguous(memory_format=torch.channels_last)
@@ -124,14 +125,14 @@ def test_compiled_by_inductor_for_the_cpu() -> None:
 
 def test_eager_mode_is_torchs_own() -> None:
     x = images((2, 4, 9, 9), torch.float32, torch.device("cpu"))
-    assert "MaxPool2DWithIndices" in type(MaxPool2d(3, 2, 1)(x).grad_fn).__name__
+    assert "MaxPool2DWithIndices" in type(MaxPool2d(3, 2, 1, gathered=True)(x).grad_fn).__name__
 
 
 @pytest.mark.parametrize("options", [{"dilation": 2}, {"ceil_mode": True}, {"return_indices": True}], ids=str)
 def test_what_it_does_not_do_is_left_to_torch(options: dict[str, Any]) -> None:
     x = images((1, 2, 12, 12), torch.float32, torch.device("cpu"))
     torch._dynamo.reset()
-    got = torch.compile(MaxPool2d(3, 2, 1, **options), backend="eager", fullgraph=True)(x)
+    got = torch.compile(MaxPool2d(3, 2, 1, gathered=True, **options), backend="eager", fullgraph=True)(x)
     expected = nn.MaxPool2d(3, 2, 1, **options)(x)
     for a, b in zip(got if isinstance(got, tuple) else [got], expected if isinstance(expected, tuple) else [expected]):
         assert torch.equal(a, b)
@@ -142,6 +143,6 @@ def test_trunk_has_it_with_torchvisions_settings_and_keys() -> None:
     with torch.device("meta"):
         trunk, _ = build_trunk("resnet18")
     pool = trunk.get_submodule("maxpool")
-    assert isinstance(pool, MaxPool2d) and pool.gathered
+    assert isinstance(pool, MaxPool2d) and pool.gathered is None
     assert (pool.kernel_size, pool.stride, pool.padding, pool.dilation, pool.ceil_mode) == (3, 2, 1, 1, False)
     assert not any(key.startswith("maxpool") for key in trunk.state_dict())
