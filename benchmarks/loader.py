@@ -15,12 +15,18 @@ from the same ranges, the same colour changes:
 ``torchvision``, ``albumentations``
     A ``torch.utils.data.DataLoader`` with as many worker processes as the others have threads: files decoded, cropped,
     resized, flipped and coloured by torchvision's v2 functions on uint8 tensors, or by OpenCV and albumentations.
+``training`` (CUDA only)
+    What the loader takes from the GPU: the product's compiled step on one fixed batch, alone and with the product's
+    loader making a batch a step beside it. Only the step lies between the events that time it: waiting for a slow
+    loader does not count, sharing the device with it does.
 
-Records: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included) and ``loader_stage``
-(CPU seconds an image of each stage, on the product's loader). Stages are differences of pipelines that do more and more
-of the work, measured in the same rounds: draws (order and random numbers), read, decode, map (its decoding), windows,
-resize (the two views), targets (the two maps of the attention loss), colour, hand-over (DALI's buffers to torch).
-Without data of your own the loader reads made scenes, which are kept for the next run.
+Records: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included), ``loader_stage`` (CPU
+seconds an image of each stage, on the product's loader), ``training_step`` (seconds a step, ``alone`` and
+``beside-loader``) and ``loader_gpu_share`` (of the step's time beside the loader, by the medians). Stages are
+differences of pipelines that do more and more of the work, measured in the same rounds: draws (order and random
+numbers), read, decode, map (its decoding), windows, resize (the two views), targets (the two maps of the attention
+loss), colour, hand-over (DALI's buffers to torch). Without data of your own the loader reads made scenes, which are
+kept for the next run.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from pathlib import Path
 from typing import Any
 
 import harness
+import ladder
 import numpy as np
 import torch
 
@@ -48,9 +55,12 @@ from cast_fast.errors import UserError
 
 PRODUCT = ("native", "numpy", "packed")
 PEERS = ("torchvision", "albumentations")
+TRAINING = "training"
+LINES = (*PRODUCT, *PEERS, TRAINING)
 STAGES = ("draws", "read", "decode", "map", "windows", "resize", "targets", "colour", "hand-over")
-GOALS = {"windows": 4.0, "packed": 1.5}
-"""In CPU time: windows by the native operator against NumPy's, and packed data against folders."""
+GOALS = {"windows": 4.0, "packed": 1.5, "training": 1.2}
+"""In CPU time: windows by the native operator against NumPy's, and packed data against folders; on CUDA the loader's
+images a second over those of the compiled step."""
 
 TURN = 4
 """Batches in one timed turn. Before it the lines that ran earlier are left to fill their queues, lest their CPU time be
@@ -73,6 +83,8 @@ class Plan:
     augmentation: Any
     shards: Path
     """Where packed copies of the dataset are kept."""
+    step: ladder.Settings | None = None
+    """Of the step that the loader runs beside; None on a CPU and where the line is not asked for."""
     rule: CropRule = dataclasses.field(default_factory=CropRule)
 
     @property
@@ -600,6 +612,93 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
     return outcomes
 
 
+def measure_training(
+    plan: Plan, results: harness.Results, step: Callable[[], object], batches: Iterator[Any]
+) -> dict[str, harness.Outcome]:
+    """Times ``step`` alone and with a batch taken from ``batches`` before each call, and adds the records.
+
+    On CUDA the batches are asked for on a stream of their own, so that the step waits for none of them.
+    """
+    cuda = plan.device.type == "cuda"
+    stream = torch.cuda.Stream(plan.device) if cuda else None
+
+    def take() -> None:
+        with torch.cuda.stream(stream):
+            next(batches)
+
+    shape = {**plan.shape, **(plan.step.shape if plan.step else {})}
+    dtype = plan.step.precision if plan.step else "fp32"
+    outcomes: dict[str, harness.Outcome] = {}
+
+    def on_line(name: str, outcome: harness.Outcome) -> None:
+        outcomes[f"{TRAINING} {name}"] = outcome
+        results.add(results.record("training_step", name, outcome, dtype=dtype, shape=shape))
+
+    def on_sample(name: str, repeat: int, seconds: Any) -> None:
+        results.sample(f"{TRAINING} {name}", repeat, seconds)
+
+    harness.interleave(
+        {"alone": lambda: step, "beside-loader": lambda: step},
+        device=plan.device,
+        repeats=plan.repeats,
+        warmup=3,
+        calls=2 * TURN,
+        settle=TURN,  # meanwhile the loader fills its queue and stops, or starts again
+        prepare={"beside-loader": take},
+        on_sample=on_sample,
+        on_line=on_line,
+    )
+    share = gpu_share(outcomes)
+    if share is not None:
+        held = harness.Measurement((share,))
+        results.add(results.record("loader_gpu_share", "product", held, dtype=dtype, shape=shape, unit="fraction"))
+    return outcomes
+
+
+def gpu_share(outcomes: dict[str, harness.Outcome]) -> float | None:
+    """Share of the step's time that the loader running beside it costs, by the medians; None where one is missing."""
+    alone, beside = (outcomes.get(f"{TRAINING} {name}") for name in ("alone", "beside-loader"))
+    if not isinstance(alone, harness.Measurement) or not isinstance(beside, harness.Measurement):
+        return None
+    return 1 - alone.median / beside.median
+
+
+def training(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
+    """``measure_training`` of the product's step and loader; a failure is the outcome of both lines."""
+    assert plan.step is not None
+    loader = None
+    try:
+        loader = product_loader(plan)
+        return measure_training(plan, results, ladder.build("kernels", plan.step).run, loader)
+    except Exception as error:  # what was measured before is reported all the same
+        return dict.fromkeys((f"{TRAINING} alone", f"{TRAINING} beside-loader"), harness.describe(error))
+    finally:
+        if loader is not None:
+            loader.close()
+
+
+def training_notes(plan: Plan, outcomes: dict[str, harness.Outcome]) -> list[str]:
+    """What the loader takes from the GPU, or why nobody knows."""
+    if TRAINING not in plan.lines:
+        return []
+    title = "GPU time taken from training"
+    if plan.step is None:
+        return [f"{title}: not measured, it needs a CUDA device"]
+    for name in ("alone", "beside-loader"):
+        outcome = outcomes.get(f"{TRAINING} {name}")
+        if isinstance(outcome, harness.Failure):
+            return [f"{title}: failed: {outcome.reason}"]
+    alone, share = outcomes[f"{TRAINING} alone"], gpu_share(outcomes)
+    assert isinstance(alone, harness.Measurement) and share is not None
+    notes = [f"{title}: {share:.1%} (step of {plan.step.arch}, alone {alone.median * 1e3:.1f} ms)"]
+    rates = [(name, outcomes[name]) for name in PRODUCT if name in outcomes]
+    for name, outcome in rates:
+        if isinstance(outcome, harness.Measurement):
+            ratio = TURN * alone.median / outcome.median
+            notes.append(f"{name}: {ratio:.2f}× the images that the step alone takes (goal: {GOALS['training']:g}×)")
+    return notes
+
+
 def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outcome]) -> None:
     """Prints the tables and draws the chart."""
     images = TURN * plan.batch
@@ -617,7 +716,8 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
         bars.append(harness.Bar(name, rate, low, high, note=note, group=int(name in PEERS)))
     where = results.environment.device
     title = f"Loader on {where}: {plan.size} pixels, batch {plan.batch}, {plan.threads} threads"
-    harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows, packed_notes(outcomes))
+    notes = packed_notes(outcomes) + training_notes(plan, outcomes)
+    harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows, notes)
     spent = {
         name: outcome for name in STAGES if isinstance(outcome := outcomes.get(f"stage {name}"), harness.Measurement)
     }
@@ -637,14 +737,15 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
             ],
             window_notes(outcomes),
         )
-    harness.bar_chart(
-        results.out / "loader.png",
-        bars,
-        title="Crop pairs loaded a second",
-        xlabel="images/s",
-        subtitle=title,
-        groups=("cast_fast", "compared with"),
-    )
+    if bars:
+        harness.bar_chart(
+            results.out / "loader.png",
+            bars,
+            title="Crop pairs loaded a second",
+            xlabel="images/s",
+            subtitle=title,
+            groups=("cast_fast", "compared with"),
+        )
 
 
 def window_notes(outcomes: dict[str, harness.Outcome]) -> list[str]:
@@ -694,7 +795,7 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
     parser.add_argument("--blur", type=float, default=0.0, metavar="P", help="probability of a blur (default: 0)")
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads or workers (0: all cores)")
     parser.add_argument("--repeats", type=int, metavar="N", help="interleaved rounds (default: 5; --quick 2)")
-    parser.add_argument("--lines", metavar="A,B", help=f"only these, of {','.join(PRODUCT + PEERS)}")
+    parser.add_argument("--lines", metavar="A,B", help=f"only these, of {','.join(LINES)}")
     parser.add_argument("--quick", action="store_true", help="few scenes, small batches, two rounds")
     parser.add_argument("--out", type=Path, default=Path("bench_out/loader"), metavar="DIR")
     args = parser.parse_args(argv)
@@ -717,12 +818,12 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
             raise UserError(f"{flag}: got {value}, expected at least {low}")
     if not 0 <= args.blur <= 1:
         raise UserError(f"--blur: got {args.blur}, expected a probability")
-    lines = PRODUCT + PEERS
+    lines = LINES
     if args.lines is not None:
         lines = tuple(name.strip() for name in args.lines.split(",") if name.strip())
         for name in lines or ("",):
-            if name not in PRODUCT + PEERS:
-                raise UserError(f"--lines: got {name!r}, expected some of {', '.join(PRODUCT + PEERS)}")
+            if name not in LINES:
+                raise UserError(f"--lines: got {name!r}, expected some of {', '.join(LINES)}")
     if (args.images is None) != (args.saliency is None):
         raise UserError("--images and --saliency: got one without the other, expected both or neither")
     images, saliency = args.images, args.saliency
@@ -746,8 +847,17 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
         lines,
         Augmentation(blur_p=args.blur),
         args.out,
+        step_settings(device, batch, args.size, quick=args.quick) if cuda and TRAINING in lines else None,
     )
     return plan, args.out
+
+
+def step_settings(device: torch.device, batch: int, size: int, *, quick: bool) -> ladder.Settings:
+    """The settings of the ladder's step at a loader's sizes."""
+    parser = OneLineParser(prog="loader.py", allow_abbrev=False)
+    ladder.add_arguments(parser)
+    flags = ["--device", device.type, "--batch", str(batch), "--size", str(size), *(["--quick"] if quick else [])]
+    return ladder.settings_from(parser.parse_args(flags))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -762,11 +872,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"loader.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     outcomes = measure(plan, results)
+    if plan.step is not None:
+        outcomes |= training(plan, results)
     show(plan, results, outcomes)
     say(f"results: {out}")
     # A library that is not there is reported and is no failure of the benchmark.
     failed = [name for name in PRODUCT if isinstance(outcomes.get(name), harness.Failure)]
-    return 1 if "numpy" in failed or (failed and has_native()) else 0
+    untrained = plan.step is not None and gpu_share(outcomes) is None
+    return 1 if untrained or "numpy" in failed or (failed and has_native()) else 0
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import harness
@@ -80,6 +81,73 @@ def test_stages_add_up() -> None:
     assert np.allclose(np.sum(list(found.values()), axis=0), cpu["to colour"])
     del cpu["windows native"]
     assert loader.stages(cpu)["windows"] == [9.0, 9.0]
+
+
+def test_a_step_is_timed_alone_and_beside_the_loader(plan: loader.Plan, tmp_path: Path) -> None:
+    plan = dataclasses.replace(plan, repeats=2)
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    events: list[str] = []
+
+    def batches() -> Iterator[None]:
+        while True:
+            events.append("take")
+            yield
+
+    outcomes = loader.measure_training(plan, results, lambda: events.append("step"), batches())
+    alone = ["step"] * (loader.TURN + 2 * loader.TURN)
+    beside = [*["step"] * loader.TURN, *["take", "step"] * (2 * loader.TURN)]
+    assert events == [*["step"] * 6, *(alone + beside) * 2]
+    for name in ("alone", "beside-loader"):
+        outcome = outcomes[f"training {name}"]
+        assert isinstance(outcome, harness.Measurement) and len(outcome.seconds) == 4 * loader.TURN
+    share = loader.gpu_share(outcomes)
+    assert share is not None
+    kept = {(record.name, record.variant): record for record in results.records}
+    assert kept["loader_gpu_share", "product"].value == share
+    assert {("training_step", "alone"), ("training_step", "beside-loader")} < set(kept)
+
+
+def test_what_the_loader_takes_from_the_gpu_is_told(plan: loader.Plan) -> None:
+    outcomes: dict[str, harness.Outcome] = {
+        "training alone": harness.Measurement((0.09,)),
+        "training beside-loader": harness.Measurement((0.1,)),
+        "native": harness.Measurement((0.18,)),
+    }
+    assert loader.gpu_share(outcomes) == pytest.approx(0.1)
+    plan = dataclasses.replace(plan, lines=(loader.TRAINING,))
+    assert loader.training_notes(plan, {}) == ["GPU time taken from training: not measured, it needs a CUDA device"]
+    step = loader.step_settings(torch.device("cpu"), 8, 64, quick=True)
+    plan = dataclasses.replace(plan, step=step)
+    assert loader.training_notes(plan, outcomes) == [
+        "GPU time taken from training: 10.0% (step of resnet18, alone 90.0 ms)",
+        "native: 2.00× the images that the step alone takes (goal: 1.2×)",
+    ]
+    outcomes["training beside-loader"] = harness.Failure("OutOfMemoryError: no memory")
+    assert loader.gpu_share(outcomes) is None
+    assert loader.training_notes(plan, outcomes) == [
+        "GPU time taken from training: failed: OutOfMemoryError: no memory"
+    ]
+
+
+def test_on_a_cpu_the_share_of_the_gpu_is_absent(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--images", scenes / "images", "--saliency", scenes / "saliency", "--out", tmp_path, "--device", "cpu"]
+    assert loader.main([str(flag) for flag in [*flags, "--lines", "training", "--batch", 4]]) == 0
+    assert "taken from training: not measured" in " ".join(capsys.readouterr().out.split())
+    assert (tmp_path / "results.jsonl").read_text() == ""
+
+
+@pytest.mark.gpu
+def test_share_of_the_gpu(scenes: Path, tmp_path: Path, cuda: torch.device) -> None:
+    del cuda
+    flags = ["--images", scenes / "images", "--saliency", scenes / "saliency", "--out", tmp_path, "--device", "cuda"]
+    flags += ["--lines", "training", "--batch", 4, "--size", 64, "--repeats", 1, "--quick"]
+    assert loader.main([str(flag) for flag in flags]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    values = {(row["name"], row["variant"]): row["value"] for row in rows}
+    alone, beside = values["training_step", "alone"], values["training_step", "beside-loader"]
+    assert values["loader_gpu_share", "product"] == pytest.approx(1 - alone / beside)
 
 
 def test_torchvision_does_the_same_work(plan: loader.Plan) -> None:
