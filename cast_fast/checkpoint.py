@@ -29,6 +29,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -150,6 +151,49 @@ def save(
     return final
 
 
+class BackgroundSaver:
+    """Saves in a thread, one checkpoint at a time, while training goes on.
+
+    What is saved is the state at the call: every tensor is copied before ``save`` returns. What can be lost is time: a
+    process that is killed before the thread has finished leaves the checkpoint before this one as the newest.
+    """
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, run: Path, step: int, state: Mapping[str, Any], **arguments: Any) -> None:
+        """``checkpoint.save`` with these arguments, later; waits for the save before this one.
+
+        Raises:
+            UserError: that one failed.
+        """
+        self.wait()
+        copied = _on_cpu(state, copy=True)
+
+        def write() -> None:
+            try:
+                save(run, step, copied, **arguments)
+            except BaseException as error:  # handed over to the thread that trains
+                self._error = error
+
+        self._thread = threading.Thread(target=write, name="checkpoint")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written.
+
+        Raises:
+            UserError: the last save failed.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
 def estimated_bytes(state: Any) -> int:
     """An upper estimate of the size of a saved state in bytes: every storage once, plus room for names and headers."""
     storages: dict[tuple[str, int], int] = {}
@@ -250,16 +294,20 @@ def _text(text: str) -> Callable[[_HashedFile], object]:
     return lambda sink: sink.write(text.encode())
 
 
-def _on_cpu(value: Any) -> Any:
-    """The same structure with every tensor on the CPU, so that a checkpoint loads on a machine without its GPU."""
+def _on_cpu(value: Any, copy: bool = False) -> Any:
+    """The same structure with every tensor on the CPU, so that a checkpoint loads on a machine without its GPU.
+
+    With ``copy`` nothing is shared with the original, which may go on changing.
+    """
     if isinstance(value, torch.Tensor):
-        return value.detach().cpu()
+        tensor = value.detach().cpu()
+        return tensor.clone() if copy and tensor.data_ptr() == value.data_ptr() else tensor
     if isinstance(value, Mapping):
-        return {key: _on_cpu(item) for key, item in value.items()}
+        return {key: _on_cpu(item, copy) for key, item in value.items()}
     if isinstance(value, list):
-        return [_on_cpu(item) for item in value]
+        return [_on_cpu(item, copy) for item in value]
     if isinstance(value, tuple):
-        return tuple(_on_cpu(item) for item in value)
+        return tuple(_on_cpu(item, copy) for item in value)
     return value
 
 

@@ -157,6 +157,8 @@ class PretrainConfig:
     """At least 1; the end of the run and a stopping signal write one as well."""
     keep_checkpoints: int = option(3, "how many of the newest checkpoints to keep", resumable=True)
     """At least 1."""
+    async_save: bool = option(False, "write checkpoints in the background while training goes on", resumable=True)
+    """The checkpoint is the same; a kill while it is being written costs the steps since the one before."""
     resume: bool = option(False, "continue the run in --out", resumable=True)
     """A changed configuration is refused; an empty folder starts a new run."""
 

@@ -415,6 +415,7 @@ class _Trainer:
         self.fresh = not _holds_run(self.run)
         self.fingerprint = dataset.fingerprint()
         self.compiled = False
+        self.saver = checkpoint.BackgroundSaver()
         self.rank_stopped = False
         """Whether some rank has got a signal, as told by a step's metrics; the same on every rank."""
         nonfinite = {"in_a_row": 0, "total": 0}
@@ -574,6 +575,7 @@ class _Trainer:
         stack.callback(loader.close)
         train_step = self.build_step()
         # On many ranks a signal is known when the metrics are: read a step earlier, all stop within two steps.
+        stack.callback(self.saver.wait)
         metrics = Metrics(self.run if main else None, step=self.step, delay=1 if many else DELAY)
         stack.callback(metrics.close)
         self.nonfinite.open(self.run if main else None, self.step, self.dataset)
@@ -613,7 +615,7 @@ class _Trainer:
                 display.timing(timing)
             display.step(self.step)
             if self.step % config.checkpoint_every == 0:
-                self.save(metrics, display)
+                self.save(metrics, display, background=config.async_save)
         self.save(metrics, display)
         if self.nonfinite.too_many:
             raise UserError(self.nonfinite.message(self.run))
@@ -659,24 +661,32 @@ class _Trainer:
         known = (host[0], *(None if value is None else total for value, total in zip(host[1:], report.sums[1:])))
         return known, torch.cat([report.sums[:1], report.bad_ranks])
 
-    def save(self, metrics: Metrics, display: _Display) -> None:
-        """Reads what is still on its way, then writes a checkpoint, unless this step has one."""
+    def save(self, metrics: Metrics, display: _Display, *, background: bool = False) -> None:
+        """Reads what is still on its way, then writes a checkpoint, unless this step has one.
+
+        With ``background`` it may still be on its way to the disk when this returns; the next call waits for it.
+        """
         self.take(metrics.read(everything=True), display)
         metrics.sync()
         if self.saved_step == self.step:
+            self.saver.wait()
             return
         state = self.state()
+        settings: dict[str, Any] = {
+            "config": self.config.to_json(),
+            "fingerprint": self.config.fingerprint(),
+            "keep": self.config.keep_checkpoints,
+        }
 
         def write() -> None:
-            checkpoint.save(
-                self.run,
-                self.step,
-                state,
-                config=self.config.to_json(),
-                fingerprint=self.config.fingerprint(),
-                keep=self.config.keep_checkpoints,
-            )
+            self.saver.wait()
+            checkpoint.save(self.run, self.step, state, **settings)
 
+        if background:
+            if self.world.is_main:
+                self.saver.save(self.run, self.step, state, **settings)
+            self.saved_step = self.step
+            return
         # The others wait: when one process ends, torchrun ends all, and rank 0 must not be in the middle of it.
         distributed.on_main(write, "checkpoint by rank 0")
         self.saved_step = self.step

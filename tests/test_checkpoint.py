@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -455,3 +457,39 @@ def test_one_process_a_run_folder(tmp_path: Path) -> None:
         refused = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert refused.returncode == 1 and refused.stdout == ""
     assert f"another process is training in this folder (process {os.getpid()} on" in refused.stderr
+
+
+def test_background_save_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors that change while the thread writes do not change what it writes; an error comes with the next call."""
+    gate = threading.Event()
+    original = checkpoint._write
+
+    def slow(*arguments: Any) -> dict[str, Any]:
+        gate.wait(60)
+        return original(*arguments)
+
+    monkeypatch.setattr(checkpoint, "_write", slow)
+    saver = checkpoint.BackgroundSaver()
+    tensor = torch.arange(6.0).view(2, 3)
+    strided = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last)
+    settings: dict[str, Any] = {"config": {}, "fingerprint": "f", "keep": 2}
+    saver.save(tmp_path, 3, {"model": {"w": tensor, "c": strided, "n": [1, (tensor,)]}}, **settings)
+    tensor.zero_()
+    strided.zero_()
+    assert checkpoint.steps(tmp_path) == []
+    gate.set()
+    saver.wait()
+    saved = checkpoint.load(tmp_path / "checkpoints" / "step-3").state["model"]
+    assert torch.equal(saved["w"], torch.arange(6.0).view(2, 3)) and torch.equal(saved["n"][1][0], saved["w"])
+    assert torch.equal(saved["c"], torch.arange(24.0).view(1, 2, 3, 4))
+    assert saved["c"].is_contiguous(memory_format=torch.channels_last)
+
+    def full(*_: Any) -> dict[str, Any]:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    saver.save(tmp_path, 4, {"model": {"w": tensor}}, **settings)
+    with pytest.raises(UserError, match="cannot save the checkpoint of step 4"):
+        saver.wait()
+    saver.wait()
+    assert checkpoint.steps(tmp_path) == [3]

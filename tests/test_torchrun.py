@@ -152,6 +152,21 @@ def test_two_ranks_leave_one_run_folder(undisturbed: tuple[Path, list[dict[str, 
     assert [(beat["rank"], beat["step"]) for beat in beats] == [(0, TOTAL), (1, TOTAL)]
 
 
+def test_saving_in_the_background_saves_the_same(
+    undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path
+) -> None:
+    """On two ranks, every other step: the same files, though training went on while they were written."""
+    results = run_in_ranks(2, settings(scenes, tmp_path / "run", 2, async_save=True), tmp_path)
+    assert [result["end"] for result in results] == ["finished", "finished"]
+    assert checkpoint.steps(tmp_path / "run") == checkpoint.steps(undisturbed[0]) == [8, 6, 4, 2]
+    for step in (2, 4, 6, 8):
+        found, expected = (
+            checkpoint.load(run / "checkpoints" / f"step-{step}") for run in (tmp_path / "run", undisturbed[0])
+        )
+        assert_equal_states(found.state, expected.state)
+    assert (tmp_path / "run" / "metrics.csv").read_bytes() == (undisturbed[0] / "metrics.csv").read_bytes()
+
+
 def test_other_numbers_of_ranks_continue_the_run(scenes: Path, tmp_path: Path) -> None:
     """Four ranks, then two or one: with synchronised BatchNorm nothing but the order of sums differs."""
     changes = {"key_bn": "sync", "query_bn": "sync", "checkpoint_every": 4}
@@ -292,6 +307,7 @@ def test_hung_rank(scenes: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.soak
+@pytest.mark.timeout(3600)
 def test_thirty_random_kills(undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path) -> None:
     """Ten runs with three deaths each: all end with the bits of the undisturbed run."""
     for seed in range(10):
