@@ -34,7 +34,7 @@ bench: setup
 	$(BIN)/python benchmarks/throughput.py
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --quiet
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet --durations 15
 
 lint: setup
 	$(BIN)/ruff check .

@@ -34,7 +34,11 @@ def test_counts_are_those_committed(tmp_path: Path) -> None:
 def test_what_the_documentation_concludes_from_them() -> None:
     studies = COMMITTED["studies"]
     # No kernel of our own for these: less than a fifth of the floor is lost.
-    for name in ("normalise and mask the key crops, with the two stem convolutions that read them", "momentum update, compiled", "SGD, compiled"):
+    for name in (
+        "normalise and mask the key crops, with the two stem convolutions that read them",
+        "momentum update, compiled",
+        "SGD, compiled",
+    ):
         assert 1 - studies[name]["floor"] / studies[name]["bytes"] < 0.2
     # ∂A stays ordinary operations: a kernel would write it and have it read back.
     without, ordinary, written = (
