@@ -207,6 +207,11 @@ def new_encoder(settings: Settings, seed: int) -> Encoder:
         return build_encoder(settings.arch, settings.dim, "mlp")
 
 
+def new_moco(settings: Settings, seed: int) -> MoCo:
+    """Query encoder, its copy and the queue at step 0."""
+    return MoCo.from_encoder(new_encoder(settings, seed), settings.dim, settings.queue_size, seed)
+
+
 # Data
 
 
@@ -255,14 +260,13 @@ def opened(folder: Path) -> FolderPictures:
 # One run
 
 
-def train(settings: Settings, method: str, seed: int, data: Data, threads: int) -> tuple[Encoder, dict[str, Any]]:
-    """Pretrains one encoder; returns it and what the training was like."""
+def train(settings: Settings, method: str, seed: int, data: Data, threads: int) -> tuple[MoCo, dict[str, Any]]:
+    """Pretrains one encoder; returns it with its momentum encoder, and what the training was like."""
     from cast_fast.data.dali_loader import Augmentation, DaliLoader
 
     flags = PretrainConfig(method=method)
-    encoder = new_encoder(settings, seed).to(settings.device)
-    grid = cam_grid(encoder, settings.size)
-    moco = MoCo.from_encoder(encoder, settings.dim, settings.queue_size, seed).to(settings.device)
+    moco = new_moco(settings, seed).to(settings.device)
+    grid = cam_grid(moco.query, settings.size)
     step = TrainStep(
         moco,
         build_optimizer(moco.query.parameters(), settings.lr, 0.9, settings.weight_decay),
@@ -299,7 +303,7 @@ def train(settings: Settings, method: str, seed: int, data: Data, threads: int) 
             elapsed = time.perf_counter() - started
             logger.info("%s, seed %d: %s, %.0f s", method, seed, curve[-1], elapsed)
     loader.close()
-    return moco.query, {
+    return moco, {
         "seconds": time.perf_counter() - started,
         "processor_seconds": time.process_time() - processor,
         "cam_grid": list(grid),
@@ -317,16 +321,14 @@ def run_one(
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.set_num_threads(threads)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / f"encoder-{settings.fingerprint()}.safetensors"
-    encoder, story = new_encoder(settings, seed), {}
+    weights, story = folder / _weights_name(settings), {}
+    if method != UNTRAINED and not weights.is_file():
+        moco, story = train(settings, method, seed, data, threads)
+        (folder / "training.json").write_text(json.dumps(story, indent=2) + "\n")
+        save_safetensors(moco.state_dict(), weights, {"method": method, "seed": seed})
     if method != UNTRAINED:
-        if not weights.is_file():
-            encoder, story = train(settings, method, seed, data, threads)
-            save_safetensors(encoder.state_dict(), weights, {"method": method, "seed": seed, "story": story})
-            (folder / "training.json").write_text(json.dumps(story, indent=2) + "\n")
-        encoder.load_state_dict(load_file(weights, device=settings.device))
         story = json.loads((folder / "training.json").read_text())
-    model = as_model(settings, encoder, method, seed)
+    model = read_model(settings, method, seed, folder)
     started = time.perf_counter()
     result = {"fingerprint": settings.fingerprint(), "method": method, "seed": seed, "training": story}
     result |= evaluate(settings, model, data)
@@ -337,10 +339,17 @@ def run_one(
     return method, seed, result
 
 
-def as_model(settings: Settings, encoder: Encoder, method: str, seed: int) -> Model:
-    """The trained query encoder, ready to be measured."""
-    encoder = encoder.eval().requires_grad_(False)
-    return Model(TITLES[method], settings.arch, encoder, None, None, None, settings.size, {"seed": seed})
+def _weights_name(settings: Settings) -> str:
+    return f"weights-{settings.fingerprint()}.safetensors"
+
+
+def read_model(settings: Settings, method: str, seed: int, folder: Path) -> Model:
+    """A trained pair of encoders, ready to be measured."""
+    moco = new_moco(settings, seed)
+    if method != UNTRAINED:
+        moco.load_state_dict(load_file(folder / _weights_name(settings)))
+    query, key = (encoder.eval().requires_grad_(False) for encoder in (moco.query, moco.key))
+    return Model(TITLES[method], settings.arch, query, key, None, None, settings.size, {"seed": seed})
 
 
 def evaluate(settings: Settings, model: Model, data: Data) -> dict[str, Any]:
@@ -533,13 +542,8 @@ def draw_chart(path: Path, summary: Mapping[str, Any]) -> None:
 
 def draw_grounding(path: Path, settings: Settings, data: Data, work: Path, methods: Sequence[str], seed: int) -> None:
     """Figure S2 on test scenes: every trained method of one seed side by side."""
-    models = []
-    for method in methods:
-        if method != UNTRAINED:
-            encoder = new_encoder(settings, seed)
-            weights = work / "runs" / f"{method}-{seed}" / f"encoder-{settings.fingerprint()}.safetensors"
-            encoder.load_state_dict(load_file(weights))
-            models.append(as_model(settings, encoder, method, seed))
+    trained = [method for method in methods if method != UNTRAINED]
+    models = [read_model(settings, m, seed, work / "runs" / f"{m}-{seed}") for m in trained]
     pictures = opened(data.free)
     chosen = grounding.spread(len(pictures), 8)
     sheet = grounding.draw_sheet(models, pictures, chosen, size=settings.size, device=torch.device("cpu"))

@@ -22,7 +22,7 @@ from cast_fast.errors import UserError
 from cast_fast.evaluate import figures, grounding
 from cast_fast.evaluate.grounding import Pair, attend, score
 from cast_fast.evaluate.pictures import FolderPictures, Pictures, cell_average
-from cast_fast.evaluate.weights import IdentityHead, Model, normalise
+from cast_fast.evaluate.weights import IdentityHead, Model, load_encoder, normalise
 from cast_fast.moco import MoCo
 
 CPU = torch.device("cpu")
@@ -238,9 +238,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def test_command_line_writes_numbers_and_sheets(dataset, runs, tmp_path, capsys):
     flags = ["--images", dataset / "images", "--saliency", dataset / "saliency", "--out", tmp_path / "out"]
-    flags += ["--rows", 2, "--sheets", 2, "--resamples", 100, "--keys", "key"]
+    flags += ["--rows", 2, "--sheets", 2, "--resamples", 100]
     assert cli.main(["grounding", *map(str, runs), *map(str, flags)]) == 0
     result = json.loads((tmp_path / "out" / "grounding.json").read_text())
+    assert all(found["momentum_encoder"] for found in result["models"].values())
     assert result["pictures"] == 6 and set(result["models"]) == {"one", "two"} and result["settings"]["size"] == 64
     with (tmp_path / "out" / "grounding.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -291,6 +292,14 @@ def test_mistakes_are_one_line(flags: list[str], message, dataset, tmp_path, cap
 def test_momentum_encoders_must_exist_to_be_asked_for():
     with pytest.raises(UserError, match="--keys key: bright holds no momentum encoder"):
         grounding.key_encoder(bright_model("bright", 1.0), "key")
+
+
+def test_the_momentum_encoder_embeds_keys_where_there_is_one(runs):
+    model, bare = load_encoder(runs[0]), bright_model("bright", 1.0)
+    assert model.key is not None
+    assert grounding.key_encoder(model, "auto") is model.key is grounding.key_encoder(model, "key")
+    assert grounding.key_encoder(model, "query") is model.query
+    assert grounding.key_encoder(bare, "auto") is bare.query
 
 
 def test_spread_is_even_and_distinct():

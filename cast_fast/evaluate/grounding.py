@@ -3,8 +3,8 @@
 For each picture two saliency-constrained crops are cut, the same for every encoder, without colour augmentation.
 Grad-CAM (R. R. Selvaraju et al., ICCV 2017) says where in the query crop the similarity to the key crop comes from, and
 to the *masked key*, the key crop with everything but its salient region blanked, which the attention loss of CAST
-trains. The encoders are in evaluation mode; by default the query encoder embeds the key crops too, because the momentum
-encoder's running BatchNorm statistics mix plain and masked crops.
+trains. As in training, the momentum encoder embeds the key crops where a file holds one; the encoders are in evaluation
+mode. (The query encoder in its place is another question: it was never asked to embed masked crops.)
 
 Measured against the query crop's own saliency map, per picture:
 
@@ -243,7 +243,7 @@ def measure(
     device: torch.device,
     seed: int = 0,
     rule: CropRule | None = None,
-    keys: str = "query",
+    keys: str = "auto",
     iou_share: float = 0.5,
     tolerance: float = TOLERANCE,
 ) -> Measured:
@@ -257,7 +257,7 @@ def measure(
         device: where to compute.
         seed: of the crops.
         rule: of the crops; None for the published one.
-        keys: ``"query"``: the query encoder embeds the key crops too; ``"key"``: the momentum encoder does.
+        keys: which encoder embeds the key crops, see ``key_encoder``.
         iou_share, tolerance: see ``score``.
     """
     rule = rule or CropRule()
@@ -308,16 +308,16 @@ def measure(
 
 
 def key_encoder(model: Model, keys: str) -> Encoder:
-    """Which encoder embeds the key crops.
+    """Which encoder embeds the key crops: ``"key"`` the momentum encoder, ``"query"`` the query encoder.
+
+    ``"auto"`` is the momentum encoder where the file holds one, else the query encoder.
 
     Raises:
         UserError: the momentum encoder is asked for and the file holds none.
     """
-    if keys == "query":
-        return model.query
-    if model.key is None:
-        raise UserError(f"--keys key: {model.name} holds no momentum encoder; expected --keys query")
-    return model.key
+    if keys == "key" and model.key is None:
+        raise UserError(f"--keys key: {model.name} holds no momentum encoder; expected --keys auto or query")
+    return model.query if keys == "query" or model.key is None else model.key
 
 
 def summarise(measured: Measured, models: Sequence[Model], *, resamples: int, seed: int) -> dict[str, Any]:
@@ -331,6 +331,7 @@ def summarise(measured: Measured, models: Sequence[Model], *, resamples: int, se
             "method": model.provenance.get("config", {}).get("method"),
             "step": model.provenance.get("step"),
             "projection_head": model.has_head,
+            "momentum_encoder": model.key is not None,
             **{
                 target: {
                     **{m: bootstrap_mean(measured.values(model.name, target, m), **keep).to_json() for m in METRICS},
@@ -372,7 +373,7 @@ def draw_sheet(
     device: torch.device,
     seed: int = 0,
     rule: CropRule | None = None,
-    keys: str = "query",
+    keys: str = "auto",
     tolerance: float = TOLERANCE,
     iou_share: float = 0.5,
 ) -> Sheet:
@@ -443,7 +444,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=int, default=0, help="side of the crops; 0 for that of the training")
     parser.add_argument("--phi", type=float, default=0.2, help="least share of the salient pixels in a crop")
     parser.add_argument(
-        "--keys", choices=("query", "key"), default="query", help="encoder that embeds key crops; key: momentum encoder"
+        "--keys",
+        choices=("auto", "query", "key"),
+        default="auto",
+        help="encoder of the key crops: the momentum encoder (key), the query encoder, or the first that the file has",
     )
     parser.add_argument("--iou-share", type=float, default=0.5, help="share of the peak that bounds the region of iou")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of pointing, as a share of the crop's side")
@@ -467,6 +471,8 @@ def main(args: argparse.Namespace) -> int:
             logger.warning("%s was trained on crops of %d pixels and is measured on %d", model.name, model.size, size)
         if not model.has_head:
             logger.info("%s holds no projection head: its pooled features are compared themselves", model.name)
+        if args.keys == "auto" and model.key is None:
+            logger.warning("%s holds no momentum encoder: its query encoder embeds the key crops", model.name)
     pictures = open_pictures(
         args.images, args.saliency, args.data, need_maps=True, known=models[0].provenance.get("config")
     )
