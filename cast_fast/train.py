@@ -110,7 +110,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs ``cast-fast pretrain``; returns 0 when the run is finished, ``EXIT_STOPPED`` when a signal stopped it."""
     outcome = pretrain(config_from_args(args))
-    return 0 if outcome.finished else EXIT_STOPPED
+    if outcome.finished:
+        return 0
+    if distributed.world_from_environment().size > 1:
+        # Everything is saved. torchrun ends the others as soon as one has left; let each leave with its own code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    return EXIT_STOPPED
 
 
 def pretrain(config: PretrainConfig) -> Outcome:
