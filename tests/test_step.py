@@ -404,13 +404,14 @@ def test_precision_is_resolved_by_hardware(monkeypatch: pytest.MonkeyPatch, capl
         resolve_precision("fp16", cpu)
 
 
-def test_compile_fault_tells_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compile_fault_tells_the_reason() -> None:
     assert compile_fault(torch.device("cpu")) is None
     torch._dynamo.reset()
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    monkeypatch.setattr(torch._inductor.config, "force_disable_caches", True)
-    fault = compile_fault(torch.device("cpu"))
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        fault = compile_fault(torch.device("cpu"))
     assert fault is not None and "\n" not in fault
+    torch._dynamo.reset()
+    assert compile_fault(torch.device("cpu")) is None
 
 
 def test_callers_mistakes() -> None:

@@ -232,7 +232,12 @@ def test_an_interrupted_run_keeps_what_it_measured(
 
     monkeypatch.setattr(ladder, "build", interrupted)
     before = signal.getsignal(signal.SIGTERM)
-    code, records, _ = run(tmp_path, "--variants", "one-pass,closed-form", "--repeats", "5")
+    # A job that a shell put in the background inherits SIGINT ignored.
+    ignored = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        code, records, _ = run(tmp_path, "--variants", "one-pass,closed-form", "--repeats", "5")
+    finally:
+        signal.signal(signal.SIGINT, ignored)
     assert code == 130
     assert {name: row["repeats"] for name, row in records.items()} == {"one-pass": 2, "closed-form": 1}
     assert signal.getsignal(signal.SIGTERM) == before
