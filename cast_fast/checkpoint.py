@@ -81,9 +81,6 @@ def versions() -> dict[str, str]:
     return found
 
 
-# Writing
-
-
 def save(
     run: Path, step: int, state: Mapping[str, Any], *, config: Mapping[str, Any], fingerprint: str, keep: int
 ) -> Path:
@@ -407,9 +404,6 @@ def exclusive(run: Path) -> Iterator[None]:
             handle.write(f"process {os.getpid()} on {platform.node()}\n".encode())
             handle.flush()
         yield
-
-
-# Reading
 
 
 def steps(run: Path) -> list[int]:

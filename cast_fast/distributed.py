@@ -82,8 +82,6 @@ def world_from_environment() -> World:
 _gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# The process group
-
 _host_group: Any = None
 
 
@@ -223,9 +221,6 @@ def barrier(name: str) -> None:
     if world_size() > 1:
         with RECORD.collective(name, 0):
             dist.barrier(group=_host_group)
-
-
-# What the collectives did
 
 
 class Record:

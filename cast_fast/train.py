@@ -273,9 +273,6 @@ def use_kernels(name: str, device: torch.device) -> bool:
     return fault is None
 
 
-# Before the first step
-
-
 def _holds_run(run: Path) -> bool:
     """Whether a run took a step in this folder. One that failed before its first step may be started again."""
     if checkpoint.steps(run):
@@ -389,9 +386,6 @@ def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     name, keys, position, has_gauss, gauss = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, gauss))  # noqa: NPY002
-
-
-# The run
 
 
 class _Trainer:
@@ -779,9 +773,6 @@ def _some(samples: list[str]) -> str:
     return shown if len(samples) <= _NAMED_SAMPLES else f"{shown} and {len(samples) - _NAMED_SAMPLES} more"
 
 
-# Signals
-
-
 class _Stopped(BaseException):
     """A signal that came before the first step, when there is nothing to save; the message is the signal's name."""
 
@@ -826,9 +817,6 @@ class _Signals:
         # Not through logging: the handler may interrupt code that holds a logging lock.
         text = "finishing the step, then saving" if first else "already stopping"
         os.write(2, f"{signal.Signals(number).name}: {text}\n".encode())
-
-
-# What the user sees
 
 
 class _Clock:
