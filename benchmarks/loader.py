@@ -51,6 +51,7 @@ import torch
 from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
 from cast_fast.data import layout, sampling
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows
+from cast_fast.doctor import dali_fault
 from cast_fast.errors import UserError
 
 PRODUCT = ("native", "numpy", "packed")
@@ -862,8 +863,8 @@ def step_settings(device: torch.device, batch: int, size: int, *, quick: bool) -
 
 def main(argv: list[str] | None = None) -> int:
     """Command-line entry; returns the exit code."""
-    if importlib.util.find_spec("nvidia") is None or importlib.util.find_spec("nvidia.dali") is None:
-        print("loader.py: error: DALI is not installed (pip install nvidia-dali-cuda130, or -cuda120)", file=sys.stderr)
+    if (fault := dali_fault()) is not None:
+        print(f"loader.py: error: {fault}", file=sys.stderr)
         return EXIT_USER_ERROR
     try:
         plan, out = parse(argv)

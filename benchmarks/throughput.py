@@ -19,7 +19,6 @@ then is written).
 from __future__ import annotations
 
 import difflib
-import importlib.util
 import json
 import signal
 import sys
@@ -35,6 +34,7 @@ import ladder
 from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
 from cast_fast.data.batch import Batch
 from cast_fast.data.saliency_crop import CropRule
+from cast_fast.doctor import dali_fault
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
 
@@ -263,21 +263,6 @@ def measure_loading(report: Report, dataset: Dataset, built: dict[str, ladder.Bu
 def product_line(settings: ladder.Settings) -> str:
     """The line that ``cast-fast pretrain`` runs on this device."""
     return "kernels" if settings.device.type == "cuda" else "compiled"
-
-
-def dali_fault() -> str | None:
-    """Why there can be no loader here, or None."""
-    try:
-        found = importlib.util.find_spec("nvidia.dali")
-    except ModuleNotFoundError:
-        found = None
-    if found is None:
-        return "DALI is not installed (pip install nvidia-dali-cuda130, or -cuda120)"
-    try:
-        importlib.import_module("nvidia.dali")
-    except (ImportError, OSError) as error:
-        return f"DALI does not load: {error}"
-    return None
 
 
 def open_dataset(plan: Plan) -> Dataset:
