@@ -5,7 +5,7 @@ floating-point type: computation is in float32, or in float64 when an input is f
 with a float64 run of the same code. Ordinary autograd differentiates everything, unless a docstring says otherwise.
 
 Grad-CAM is Selvaraju et al., ICCV 2017; the attention loss and the step around it are CAST (Selvaraju, Desai, Johnson,
-Naik, CVPR 2021); InfoNCE with a queue of keys is MoCo (He et al., CVPR 2020).
+Naik, CVPR 2021); InfoNCE with a queue of keys is MoCo (He et al., CVPR 2020); BatchNorm is Ioffe & Szegedy, ICML 2015.
 """
 
 from __future__ import annotations
@@ -264,6 +264,197 @@ def _rounded(tensor: Tensor, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
     """The tensor rounded to ``narrow``, in ``wide``; to autograd the rounding is the identity."""
     exact = tensor.to(wide)
     return exact + (exact.detach().to(narrow).to(wide) - exact.detach())
+
+
+def batch_norm_statistics(x: Tensor) -> Tensor:
+    """Mean and biased variance of every channel, (2, C); x is (N, C, H, W). What BatchNorm subtracts and divides by."""
+    variance, mean = torch.var_mean(x.to(wide_dtype(x)), (0, 2, 3), correction=0)
+    return torch.stack([mean, variance])
+
+
+def batch_norm_apply(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_mean: Tensor | None = None,
+    shortcut_scale: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+) -> Tensor:
+    """Normalise, add the shortcut, ReLU; rounded once, at the end.
+
+    ``z = (x - mean) scale + bias``, to which ``shortcut`` is added, or ``(shortcut - shortcut_mean) shortcut_scale +
+    shortcut_bias``; ``y = max(z, 0)``, and NaN stays NaN.
+
+    Args:
+        x, shortcut: (N, C, H, W), one dtype.
+        mean, scale, bias: (C,), in the dtype that is computed in; scale is weight / sqrt(variance + eps).
+        shortcut_mean, shortcut_scale, shortcut_bias: (C,) likewise, all or none.
+
+    Returns:
+        y (N, C, H, W) in the dtype of x.
+    """
+    z = _centred(x, mean) * _by_channel(scale) + _by_channel(bias)
+    if shortcut is not None and shortcut_mean is not None:
+        assert shortcut_scale is not None and shortcut_bias is not None
+        z = z + (_centred(shortcut, shortcut_mean) * _by_channel(shortcut_scale) + _by_channel(shortcut_bias))
+    elif shortcut is not None:
+        z = z + shortcut.to(z.dtype)
+    return torch.where(z <= 0, 0, z).to(x.dtype)
+
+
+def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
+    """Sums over N, H, W of g and of g (x - mean), (2, C), where g is dy wherever ``batch_norm_apply`` is not zero."""
+    return _sums(_masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias)), _centred(x, mean))
+
+
+def batch_norm_relu_input_gradient(
+    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, constant: Tensor, slope: Tensor
+) -> Tensor:
+    """``scale g - constant - slope (x - mean)`` with g as in ``batch_norm_relu_reduce``, in the dtype of x.
+
+    With R = N·H·W, constant = scale sum(g) / R and slope = scale sum(g (x - mean)) / (R (variance + eps)) it is the
+    gradient of BatchNorm and ReLU with respect to x.
+    """
+    g = _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias))
+    return _input_gradient(g, _centred(x, mean), scale, constant, slope).to(x.dtype)
+
+
+def batch_norm_add_reduce(
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    y: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    shortcut: Tensor | None = None,
+    shortcut_mean: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The gradient behind the last ReLU of a residual block, and its sums.
+
+    Args:
+        dy, dy_skip: (N, C, H, W), the gradients of y from its one or two readers.
+        y: (N, C, H, W), the output of the block.
+        x, mean: input and mean of the last BatchNorm.
+        shortcut, shortcut_mean: of the BatchNorm in the shortcut, where there is one.
+
+    Returns:
+        g (N, C, H, W), ``dy + dy_skip`` where y is not zero, rounded once to the dtype of y, and the sums of what was
+        rounded: of g, of g (x - mean) and, with a shortcut, of g (shortcut - shortcut_mean); (2, C) or (3, C).
+    """
+    g = _masked(_joined(dy, dy_skip, mean.dtype), y).to(y.dtype)
+    factors = [_centred(x, mean)]
+    if shortcut is not None and shortcut_mean is not None:
+        factors.append(_centred(shortcut, shortcut_mean))
+    return g, _sums(g.to(mean.dtype), *factors)
+
+
+def batch_norm_input_gradient(
+    g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, constant: Tensor, slope: Tensor
+) -> Tensor:
+    """``scale g - constant - slope (x - mean)`` in the dtype of x; constant and slope as for the masked form."""
+    return _input_gradient(g.to(mean.dtype), _centred(x, mean), scale, constant, slope).to(x.dtype)
+
+
+def batch_norm_input_gradients(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    constant: Tensor,
+    slope: Tensor,
+    shortcut: Tensor,
+    shortcut_mean: Tensor,
+    shortcut_scale: Tensor,
+    shortcut_constant: Tensor,
+    shortcut_slope: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """``batch_norm_input_gradient`` of both BatchNorms that a residual block adds up."""
+    return (
+        batch_norm_input_gradient(g, x, mean, scale, constant, slope),
+        batch_norm_input_gradient(g, shortcut, shortcut_mean, shortcut_scale, shortcut_constant, shortcut_slope),
+    )
+
+
+def batch_norm_relu_pool(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    """``batch_norm_apply``, then max pooling 3x3 with stride 2 and padding 1.
+
+    Returns:
+        y (N, C, (H + 1) // 2, (W + 1) // 2) in the dtype of x, and choice, uint8, of the same shape: 3 · row + column
+        of the chosen pixel in its window. torch's rule: the first largest in raster order, the last NaN if there is
+        any.
+    """
+    full = batch_norm_apply(x, mean, scale, bias)
+    y, index = F.max_pool2d(full.to(mean.dtype), 3, 2, 1, return_indices=True)
+    width = x.shape[3]
+    top = 2 * torch.arange(y.shape[2], device=x.device)[:, None] - 1
+    left = 2 * torch.arange(y.shape[3], device=x.device) - 1
+    row, column = torch.div(index, width, rounding_mode="floor"), index % width
+    return y.to(x.dtype), (3 * (row - top) + column - left).to(torch.uint8)
+
+
+def batch_norm_relu_pool_reduce(
+    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor
+) -> Tensor:
+    """Sums of g and of g (x - mean), (2, C): g is the gradient through the pool and ReLU, from ``dy + dy_skip``.
+
+    dy, dy_skip and choice have the shape of the pool's output. Nothing is rounded in between.
+    """
+    return _sums(_unpooled(dy, dy_skip, choice, x, mean, scale, bias), _centred(x, mean))
+
+
+def batch_norm_relu_pool_input_gradient(
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    choice: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    constant: Tensor,
+    slope: Tensor,
+) -> Tensor:
+    """``scale g - constant - slope (x - mean)`` in the dtype of x, with g as in ``batch_norm_relu_pool_reduce``."""
+    g = _unpooled(dy, dy_skip, choice, x, mean, scale, bias)
+    return _input_gradient(g, _centred(x, mean), scale, constant, slope).to(x.dtype)
+
+
+def _by_channel(vector: Tensor) -> Tensor:
+    return vector[:, None, None]
+
+
+def _centred(x: Tensor, mean: Tensor) -> Tensor:
+    return x.to(mean.dtype) - _by_channel(mean)
+
+
+def _joined(dy: Tensor, dy_skip: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return dy.to(dtype) if dy_skip is None else dy.to(dtype) + dy_skip.to(dtype)
+
+
+def _masked(g: Tensor, y: Tensor) -> Tensor:
+    """g where the output y of a ReLU is not zero; a NaN in y lets g pass, as in torch."""
+    return torch.where(y <= 0, 0, g)
+
+
+def _sums(g: Tensor, *factors: Tensor) -> Tensor:
+    return torch.stack([g.sum((0, 2, 3)), *((g * factor).sum((0, 2, 3)) for factor in factors)])
+
+
+def _input_gradient(g: Tensor, centred: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
+    return _by_channel(scale) * g - _by_channel(constant) - _by_channel(slope) * centred
+
+
+def _unpooled(
+    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor
+) -> Tensor:
+    """The gradient before pool and ReLU, scattered: (N, C, H, W) in the dtype of mean."""
+    height, width = x.shape[2:]
+    tap = choice.to(torch.int64)
+    row = 2 * torch.arange(choice.shape[2], device=x.device)[:, None] - 1 + torch.div(tap, 3, rounding_mode="floor")
+    column = 2 * torch.arange(choice.shape[3], device=x.device) - 1 + tap % 3
+    flat = torch.zeros((*x.shape[:2], height * width), dtype=mean.dtype, device=x.device)
+    flat.scatter_add_(2, (row * width + column).flatten(2), _joined(dy, dy_skip, mean.dtype).flatten(2))
+    return _masked(flat.view(x.shape), batch_norm_apply(x, mean, scale, bias))
 
 
 class TrunkAndHead(Protocol):
