@@ -20,7 +20,7 @@ from cast_fast.data.saliency_crop import CropRule
 from cast_fast.encoder import Encoder, LinearHead, MLPHead
 from cast_fast.errors import UserError
 from cast_fast.evaluate import figures, grounding
-from cast_fast.evaluate.grounding import Pair, attend, score
+from cast_fast.evaluate.grounding import METRICS, Pair, attend, score
 from cast_fast.evaluate.pictures import FolderPictures, Pictures, cell_average
 from cast_fast.evaluate.weights import IdentityHead, Model, load_encoder, normalise
 from cast_fast.moco import MoCo
@@ -78,8 +78,10 @@ def test_zero_maps_and_impossible_input():
 def test_baselines_by_hand():
     mask = np.zeros((16, 16), bool)
     mask[:4] = True
-    found = grounding.score_uniform(mask, tolerance=0)
-    assert found == {"cosine": pytest.approx(0.5), "pointing": 0.25, "energy": 0.25, "iou": 0.25}
+    found = grounding.score_uniform(mask, (4, 4), tolerance=0)
+    assert found == {name: pytest.approx(value) for name, value in zip(METRICS, (0.5, 0.25, 0.25, 0.25))}
+    # on two rows of cells the salient shares are 1/2 and 0, and half of every cell above counts as much as a whole one
+    assert grounding.score_uniform(mask, (2, 2))["cosine"] == pytest.approx(np.sqrt(0.5))
     maps = grounding.baseline_maps((7, 7))
     assert np.unravel_index(maps["centre"].argmax(), (7, 7)) == (3, 3)
     assert np.allclose(maps["centre"], maps["centre"].T) and (maps["uniform"] == 1).all()

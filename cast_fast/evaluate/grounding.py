@@ -193,17 +193,10 @@ def baseline_maps(grid: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
     return {"uniform": np.ones(grid, np.float32), "centre": gaussian.astype(np.float32)}
 
 
-def score_uniform(mask: NDArray[np.bool_], tolerance: float = TOLERANCE) -> dict[str, float]:
-    """What a uniform map scores, its pointing by expectation over a peak that is anywhere."""
-    share = float(mask.mean())
+def score_uniform(mask: NDArray[np.bool_], grid: tuple[int, int], tolerance: float = TOLERANCE) -> dict[str, float]:
+    """What a uniform map on a grid of cells scores, its pointing by expectation over a peak that is anywhere."""
     near = float((_distance(mask) <= tolerance * mask.shape[0]).mean())
-    target = mask.astype(np.float64)
-    return {
-        "cosine": float(target.mean() / np.sqrt((target**2).mean())),
-        "pointing": near,
-        "energy": share,
-        "iou": share,
-    }
+    return {**score(np.ones(grid, np.float32), mask), "pointing": near}
 
 
 @dataclasses.dataclass
@@ -281,7 +274,7 @@ def measure(
         for pair in chosen:
             for name, cam in fixed.items():
                 uniform = name == "uniform"
-                scores = score_uniform(pair.query_mask, tolerance) if uniform else None
+                scores = score_uniform(pair.query_mask, grid, tolerance) if uniform else None
                 scores = scores or score(cam, pair.query_mask, iou_share=iou_share, tolerance=tolerance)
                 for metric, value in scores.items():
                     measured.baselines[name][metric].append(value)
