@@ -40,8 +40,7 @@ from torch import Tensor, nn
 from cast_fast import __version__
 from cast_fast.errors import UserError
 from cast_fast.evaluate.pictures import run_folder
-from cast_fast.evaluate.weights import Model, load_encoder, normalise
-from cast_fast.step import IMAGE_MEAN, IMAGE_STD
+from cast_fast.evaluate.weights import Model, load_encoder
 
 logger = logging.getLogger("cast_fast")
 
@@ -127,8 +126,8 @@ def describe(model: Model, *, size: int | None = None, extra: Mapping[str, Any] 
         "arch": model.arch,
         "preprocessing": {
             "size": size or model.size or 224,
-            "mean": list(IMAGE_MEAN),
-            "std": list(IMAGE_STD),
+            "mean": list(model.mean),
+            "std": list(model.std),
             "channels": "RGB in [0, 1] before mean and std",
         },
         "provenance": provenance,
@@ -202,8 +201,8 @@ def _write(kind: str, model: Model, state: dict[str, Tensor], about: dict[str, A
                 "interpolation": "bilinear",
                 "crop_pct": 0.875,
                 "crop_mode": "center",
-                "mean": list(IMAGE_MEAN),
-                "std": list(IMAGE_STD),
+                "mean": list(model.mean),
+                "std": list(model.std),
                 "num_classes": 0,
                 "pool_size": [(size + 31) // 32] * 2,
                 "first_conv": "conv1",
@@ -250,7 +249,7 @@ def _read_back(kind: str, model: Model, out: Path, weights: Path) -> dict[str, f
     differences = {}
     with torch.no_grad():
         for name, network in readers.items():
-            features = network.eval()(normalise(images))
+            features = network.eval()(model.normalise(images))
             scale = max(float(expected.abs().max()), 1e-30)
             differences[name] = float((features - expected).abs().max()) / scale
             if not differences[name] <= TOLERANCE:
@@ -295,7 +294,7 @@ def _card(
     provenance = about["provenance"]
     config: dict[str, Any] = provenance.get("config", {})
     size = about["preprocessing"]["size"]
-    mean, std = (", ".join(map(str, values)) for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = (", ".join(map(str, values)) for values in (model.mean, model.std))
     names = (
         "method",
         "preset",
@@ -370,7 +369,7 @@ model = timm.create_model("local-dir:{out.name}", pretrained=True, num_classes=1
 model = timm.create_model("{arch}", num_classes=0, checkpoint_path="{out.name}")  # features (N, {features})"""
     network = torchvision.models.get_model(arch)
     depth = re.findall(r"\d+", arch)[0]
-    mean, std = ([round(255 * value, 3) for value in values] for values in (IMAGE_MEAN, IMAGE_STD))
+    mean, std = ([round(255 * value, 3) for value in values] for values in (model.mean, model.std))
     return f"""# detectron2: in the configuration
 MODEL.WEIGHTS: "{out.name}"
 MODEL.PIXEL_MEAN: {mean}

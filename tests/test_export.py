@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import pickle
 from pathlib import Path
@@ -13,6 +14,7 @@ import timm
 import torch
 import torchvision
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from cast_fast import checkpoint, cli, export
@@ -251,22 +253,66 @@ def test_files_that_would_run_code_are_refused(tmp_path):
     torch.save({"state_dict": payload}, tmp_path / "evil.pth")
     (tmp_path / "evil.pkl").write_bytes(pickle.dumps(payload, protocol=2))
     for name in ("evil.pth", "evil.pkl"):
-        with pytest.raises(UserError, match=r"refused|cannot be read"):
+        with pytest.raises(UserError, match=r"refused, because reading it would have to run code \([\w.]+\)"):
             load_encoder(tmp_path / name)
     assert not payload.target.exists()
+
+
+def test_a_namespace_of_settings_is_no_reason_to_refuse(images, tmp_path):
+    network = lively(torchvision.models.resnet18()).eval()
+    settings = argparse.Namespace(arch="resnet18", lr=0.03)
+    torch.save({"args": settings, "epoch": 3, "state_dict": network.state_dict()}, tmp_path / "with_args.pth")
+    model = load_encoder(tmp_path / "with_args.pth")
+    with torch.no_grad():
+        assert torch.equal(model.scores(images), network(normalise(images)))
+
+
+def test_mean_and_deviation_come_with_the_file(run18, images, tmp_path):
+    mean, std = (0.4717, 0.4499, 0.3837), (0.26, 0.2516, 0.2575)
+    network = lively(torchvision.models.get_model("resnet18", num_classes=9)).eval()
+    expected = (images / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    # as the Backgrounds Challenge's own 9-way checkpoints have it
+    state = {f"module.model.{name}": value for name, value in network.state_dict().items()}
+    state |= {f"module.normalizer.new_{n}": torch.tensor(v).view(3, 1, 1) for n, v in (("mean", mean), ("std", std))}
+    torch.save({"epoch": 1, "model": state}, tmp_path / "official.pt")
+    model = load_encoder(tmp_path / "official.pt")
+    assert (model.mean, model.std) == (mean, std)
+    with torch.no_grad():
+        assert torch.allclose(model.scores(images), network(expected), atol=1e-5)
+    # what is exported says so, and is read again so
+    for kind, name in (("timm", "folder"), ("safetensors", "x.safetensors"), ("torchvision", "x.pth")):
+        done = export.export(model, kind, tmp_path / name)
+        again = load_encoder(done.path)
+        assert (again.mean, again.std) == (mean, std) and torch.equal(again.features(images), model.features(images))
+        assert "0.4717, 0.4499, 0.3837" in done.card.read_text()
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    assert tuple(theirs.pretrained_cfg["mean"]) == mean
+    # timm's own folders have no description of ours
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "config.json").write_text((tmp_path / "folder" / "config.json").read_text())
+    save_file(export.trunk_state(model), bare / "model.safetensors")
+    assert (load_encoder(bare).mean, load_encoder(bare).name) == (mean, "bare")
+    (bare / "config.json").write_text('{"pretrained_cfg": {"mean": [0.5], "std": [0.5]}}')
+    with pytest.raises(UserError, match=r"config\.json.*expected three numbers"):
+        load_encoder(bare)
+    assert load_encoder(run18[0]).mean == (0.485, 0.456, 0.406)
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda p: None, "no such file"),
-        (lambda p: p.write_bytes(b"junk"), "cannot be read|refused"),
-        (lambda p: p.write_bytes(b""), "cannot be read"),
+        (lambda p: p.write_bytes(b"stem,class"), "some other kind of file, expected weights"),
+        (lambda p: p.write_bytes(b""), "an empty file, expected weights"),
+        (lambda p: p.write_bytes(b"PK\3\4" + bytes(60)), "cannot be read as a torch file"),
+        (lambda p: p.write_bytes(pickle.dumps([1, 2])), "is damaged, or a pickle that is no file of weights"),
         (lambda p: torch.save([1, 2], p), "holds a list"),
         (lambda p: torch.save({"weight": torch.zeros(3)}, p), "found no ResNet"),
         (lambda p: p.mkdir(), "neither a run folder"),
     ],
 )
+@pytest.mark.filterwarnings("error")
 def test_what_is_no_encoder_is_named(make, message, tmp_path):
     make(tmp_path / "x.pth")
     with pytest.raises(UserError, match=message):

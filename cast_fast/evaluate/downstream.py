@@ -40,7 +40,7 @@ from cast_fast.evaluate.pictures import (
     output_folder,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean, sign_test
-from cast_fast.evaluate.weights import Model, load_classifier, normalise, unique_names
+from cast_fast.evaluate.weights import Model, load_classifier, unique_names
 from cast_fast.objective import gradcam_map
 
 logger = logging.getLogger("cast_fast")
@@ -110,7 +110,7 @@ def decide(
 ) -> list[Decision]:
     """Answers and Grad-CAM maps of the true class."""
     assert model.classifier is not None
-    activations = model.trunk(normalise(stack(list(images)).to(device))).float()
+    activations = model.trunk(model.normalise(stack(list(images)).to(device))).float()
     scores = model.classifier(activations.mean(dim=(2, 3)))
     shares = scores.softmax(dim=1).cpu()
     truth = [max(rows[label], key=lambda r, i=i: float(shares[i, r])) for i, label in enumerate(labels)]

@@ -76,7 +76,7 @@ def extract(
     """
     path = None
     if cache is not None:
-        key = json.dumps([_VERSION, weights_digest(model), pictures.fingerprint(), size])
+        key = json.dumps([_VERSION, weights_digest(model), pictures.fingerprint(), size, model.mean, model.std])
         path = cache / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.safetensors"
         if path.is_file():
             try:

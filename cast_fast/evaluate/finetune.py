@@ -17,7 +17,7 @@ from cast_fast.evaluate.features import central_image, stack
 from cast_fast.evaluate.figures import Picture
 from cast_fast.evaluate.linear_probe import HELD_OUT, Sweep, hold_out
 from cast_fast.evaluate.pictures import Box, Pictures, batches, cut
-from cast_fast.evaluate.weights import Model, normalise
+from cast_fast.evaluate.weights import Model
 
 logger = logging.getLogger("cast_fast")
 
@@ -110,7 +110,7 @@ def finetune(
             if len(chosen) < 2:  # BatchNorm needs two
                 continue
             optimizer.param_groups[0]["lr"] = rate * 0.5 * (1 + math.cos(math.pi * step / total))
-            pooled = trunk(normalise(stack(views).to(device))).mean(dim=(2, 3))
+            pooled = trunk(model.normalise(stack(views).to(device))).mean(dim=(2, 3))
             loss = F.cross_entropy(classifier(pooled), labels[chosen].to(device))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()

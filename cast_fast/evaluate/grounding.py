@@ -29,7 +29,7 @@ import json
 import logging
 import sys
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from cast_fast.data import sampling
 from cast_fast.data.saliency_crop import CropRule, crop_windows
@@ -124,7 +125,11 @@ class Attention:
 
 @torch.no_grad()
 def attend(
-    query_encoder: Encoder, key_encoder: Encoder, pairs: Sequence[Pair], device: torch.device
+    query_encoder: Encoder,
+    key_encoder: Encoder,
+    pairs: Sequence[Pair],
+    device: torch.device,
+    normalise: Callable[[Tensor], Tensor] = normalise,
 ) -> dict[str, Attention]:
     """Grad-CAM of query · key and of query · masked key, by the closed form of ``objective``.
 
@@ -133,6 +138,7 @@ def attend(
         key_encoder: embeds the key crops; may be the same.
         pairs: the crops.
         device: where the encoders are.
+        normalise: uint8 (N, 3, S, S) → what the encoders expect, zero being the mean colour.
     """
     query = query_encoder(normalise(stack([pair.query for pair in pairs]).to(device)))
     keys = normalise(stack([pair.key for pair in pairs]).to(device))
@@ -279,7 +285,7 @@ def measure(
                 for metric, value in scores.items():
                     measured.baselines[name][metric].append(value)
         for model, keyer in encoders:
-            for target, attention in attend(model.query, keyer, chosen, device).items():
+            for target, attention in attend(model.query, keyer, chosen, device, model.normalise).items():
                 for (index, pair), cam, similarity in zip(kept, attention.cam, attention.similarity):
                     if not np.isfinite(cam).all():
                         raise UserError(f"{model.name}: its Grad-CAM of {pictures.names[index]} is not finite")
@@ -386,7 +392,9 @@ def draw_sheet(
     if not shown:
         return sheet
     chosen = [pair for _, pair in shown]
-    found = [attend(model.to(device).query, key_encoder(model, keys), chosen, device) for model in models]
+    found = [
+        attend(model.to(device).query, key_encoder(model, keys), chosen, device, model.normalise) for model in models
+    ]
     for row, (index, pair) in enumerate(shown):
         tiles = [
             figures.outline(pair.query, pair.query_mask),

@@ -6,18 +6,22 @@ export`` and ``cast-fast probe`` write, checkpoints of MoCo (``module.encoder_q.
 state dicts in torchvision's naming, which timm's ResNets share, with or without a prefix and a classifier. Everything
 is read with ``weights_only=True`` or as safetensors, so that a file cannot run code; a pickle that would is refused.
 
-The architecture follows from the shapes of the weights, so that no file has to name it.
+The architecture follows from the shapes of the weights, so that no file has to name it. Mean and deviation of the
+input are ImageNet's, unless the file says otherwise: timm's ``config.json`` and our own descriptions name them, and
+checkpoints of the Backgrounds Challenge (and of MadryLab's robustness library) hold them as ``normalizer`` tensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import dataclasses
 import functools
 import json
 import pickle
 import re
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +75,10 @@ class Model:
     """Side of the crops in training, where the file says so."""
     provenance: dict[str, Any]
     """Where it came from: file, step, configuration, …"""
+    mean: tuple[float, float, float] = IMAGE_MEAN
+    """Of each colour over [0, 1], taken off the input."""
+    std: tuple[float, float, float] = IMAGE_STD
+    """Deviation of each colour, divided out of the input."""
 
     @property
     def trunk(self) -> nn.Module:
@@ -89,10 +97,14 @@ class Model:
                 part.to(device)
         return self
 
+    def normalise(self, images: Tensor) -> Tensor:
+        """uint8 RGB (N, 3, H, W) → float32 as the trunk expects it."""
+        return normalise(images, self.mean, self.std)
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
         """uint8 RGB images (N, 3, S, S) on the model's device → pooled features (N, C) float32."""
-        return self.trunk(normalise(images)).float().mean(dim=(2, 3))
+        return self.trunk(self.normalise(images)).float().mean(dim=(2, 3))
 
     @torch.no_grad()
     def scores(self, images: Tensor) -> Tensor:
@@ -106,12 +118,12 @@ class Model:
         return self.classifier(self.features(images))
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 RGB (N, 3, H, W) → float32 with ImageNet's mean taken off and its deviation divided out."""
+def normalise(images: Tensor, mean: Sequence[float] = IMAGE_MEAN, std: Sequence[float] = IMAGE_STD) -> Tensor:
+    """uint8 RGB (N, 3, H, W) → float32 with a mean taken off and a deviation divided out, ImageNet's by default."""
     shape = (1, 3, 1, 1)
-    mean = torch.tensor(IMAGE_MEAN, device=images.device).view(shape)
-    std = torch.tensor(IMAGE_STD, device=images.device).view(shape)
-    return (images.float() / 255 - mean) / std
+    centre = torch.tensor(mean, device=images.device).view(shape)
+    scale = torch.tensor(std, device=images.device).view(shape)
+    return (images.float() / 255 - centre) / scale
 
 
 def load_encoder(path: Path | str) -> Model:
@@ -242,6 +254,7 @@ def find_arch(trunk: Mapping[str, Tensor], source: str) -> str:
 
 def _assemble(path: Path, state: Mapping[str, Any], known: dict[str, Any]) -> Model:
     parts = split_state(state, str(path))
+    known |= _normaliser(state)
     arch = find_arch(parts["query"], str(path))
     if known.get("arch") not in (None, arch):
         raise UserError(f"{path}: says that it is a {known['arch']}, but its weights are those of a {arch}")
@@ -268,7 +281,23 @@ def _assemble(path: Path, state: Mapping[str, Any], known: dict[str, Any]) -> Mo
         classifier=classifier,
         classes=None if classes is None else tuple(classes),
         size=known.get("size"),
-        provenance={"file": str(path), **known.get("provenance", {})},
+        provenance={"file": str(path), **(known.get("provenance") or {})},
+        mean=known.get("mean", IMAGE_MEAN),
+        std=known.get("std", IMAGE_STD),
+    )
+
+
+def _normaliser(state: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """Mean and deviation that a state dict holds as ``normalizer.new_mean`` and ``new_std``, (3, 1, 1) each."""
+    flat = {name.removeprefix("module."): value for name, value in state.items()}
+    held = [flat.get(f"normalizer.new_{name}") for name in ("mean", "std")]
+    if not all(isinstance(value, Tensor) and value.numel() == 3 for value in held):
+        return {}
+    return dict(
+        zip(
+            ("mean", "std"),
+            (tuple(round(v, 6) for v in value.flatten().tolist()) for value in held if value is not None),
+        )
     )
 
 
@@ -301,14 +330,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         return _read_folder(path)
     if path.suffix == ".safetensors":
         return _read_safetensors(path)
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path}: refused, because reading it would have to run code ({first})") from None
-    except Exception as error:  # the unpickler raises whatever a damaged stream leads it into
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as a torch file ({first})") from None
+    content = _load_torch(path)
     known: dict[str, Any] = {}
     while isinstance(content, Mapping) and (inner := next((k for k in _NESTED if k in content), None)) is not None:
         step = content.get("epoch")
@@ -323,6 +345,38 @@ def _read(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if sidecar.is_file():
         known |= _described(sidecar, sidecar.read_text())
     return content, known
+
+
+def _load_torch(path: Path) -> Any:
+    """What ``torch.save`` wrote: tensors, containers and plain values, and ``argparse.Namespace``, which holds no more.
+
+    Raises:
+        UserError: it is no such file, damaged, or needs code to be read.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from None
+    if start[:2] not in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):  # a zip archive, or a pickle
+        kind = "an empty file" if not start else "some other kind of file"
+        raise UserError(f"{path}: is {kind}, expected weights written by torch.save, or .safetensors")
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
+            warnings.filterwarnings("ignore", "Detected pickle protocol")  # what follows is refused in one line
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch's message goes on to recommend reading the file unsafely, which is not what its reader should do
+        named = re.search(r"(?:Unsupported global: GLOBAL|Unsupported class|GLOBAL) ([\w.]+)", str(error))
+        if named is None:
+            raise UserError(f"{path}: is damaged, or a pickle that is no file of weights") from None
+        raise UserError(
+            f"{path}: refused, because reading it would have to run code ({named[1]}); expected tensors and plain "
+            "values, such as a state_dict saved by itself"
+        ) from None
+    except Exception as error:  # the unpickler raises whatever a damaged stream leads it into
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as a torch file ({type(error).__name__}: {first})") from None
 
 
 def _read_safetensors(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -346,10 +400,21 @@ def _described(path: Path, text: str) -> dict[str, Any]:
             "arch": about.get("arch"),
             "classes": about.get("classes"),
             "size": about.get("preprocessing", {}).get("size"),
+            **_colours(about.get("preprocessing", {})),
             "provenance": about.get("provenance", {}),
         }
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: its description is no JSON object of cast-fast export ({error})") from None
+
+
+def _colours(about: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
+    """``mean`` and ``std`` where a description has both; a ValueError where they are not three numbers each."""
+    if "mean" not in about or "std" not in about:
+        return {}
+    found = {name: tuple(float(value) for value in about[name]) for name in ("mean", "std")}
+    if any(len(values) != 3 for values in found.values()) or min(found["std"]) <= 0:
+        raise ValueError(f"mean {about['mean']} and std {about['std']}: expected three numbers each, std above 0")
+    return found
 
 
 def _read_folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
@@ -366,7 +431,7 @@ def _read_folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         saved, run = newest, path
     elif (path / "model.safetensors").is_file():
         state, known = _read_safetensors(path / "model.safetensors")
-        return state, {"name": path.name, **known}
+        return state, {"name": path.resolve().name, **_timm_config(path / "config.json"), **known}
     else:
         raise UserError(
             f"{path}: neither a run folder ({checkpoint.FOLDER}/), a checkpoint ({checkpoint.MANIFEST}) nor a timm "
@@ -391,6 +456,18 @@ def _read_folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
             "versions": saved.versions,
         },
     }
+
+
+def _timm_config(path: Path) -> dict[str, Any]:
+    """Mean, deviation and size from timm's ``config.json``; nothing where there is none."""
+    if not path.is_file():
+        return {}
+    try:
+        about = json.loads(path.read_text()).get("pretrained_cfg") or {}
+        size = about.get("input_size")
+        return {**_colours(about), **({"size": int(size[-1])} if size else {})}
+    except (ValueError, TypeError, AttributeError, LookupError) as error:
+        raise UserError(f"{path}: is no config.json of timm ({error})") from None
 
 
 def unique_names(models: list[Model]) -> list[Model]:
