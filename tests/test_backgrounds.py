@@ -117,14 +117,14 @@ def test_summary_by_hand():
     said = {"original": [0, 0, 1, 1, 2], "mixed_same": [0, 0, 1, 0, 2], "mixed_rand": [0, 1, 0, 0, -1]}
     nothing = np.zeros(5, np.int64)
     found = Challenge(np.array([True, True, False, True, True]), nothing, nothing, 9)
-    report = Report(channel_model(), {name: answers(p) for name, p in said.items()}, found)
+    report = Report(judge(), {name: answers(p) for name, p in said.items()}, found)
     result = backgrounds.summary(report, variants, resamples=500, seed=0)
     assert [result["accuracy"][n]["mean"] for n in variants] == [1.0, 0.8, 0.2]
     assert result["accuracy"]["original"]["low"] == result["accuracy"]["original"]["high"] == 1.0
     assert result["by_class"]["mixed_same"] == {"red": 1.0, "green": 0.5, "blue": 1.0}
     assert result["bg_gap"]["mean"] == pytest.approx(0.6) and result["bg_gap"]["low"] < 0.6 < result["bg_gap"]["high"]
     assert result["challenge_accuracy"]["mean"] == pytest.approx(0.2)
-    worse = Report(channel_model(), {name: answers([0] * 5) for name in said}, None)
+    worse = Report(judge(), {name: answers([0] * 5) for name in said}, None)
     assert backgrounds.compare(report, worse, variants, resamples=100, seed=0)["original"]["mean"] == pytest.approx(
         -0.6
     )
@@ -134,7 +134,7 @@ def test_changed_decisions_pair_variants_by_foreground():
     labels = [0, 1]
     original = variant("original", labels, ["a", "b"])
     mixed = variant("mixed_rand", [0, 1], ["fg_a_bg_z", "fg_b_bg_y"])
-    report = Report(channel_model(), {"original": answers([0, 1]), "mixed_rand": answers([2, 1])}, None)
+    report = Report(judge(), {"original": answers([0, 1]), "mixed_rand": answers([2, 1])}, None)
     found = backgrounds.changed_decisions(
         [report], {"original": original, "mixed_rand": mixed}, ["original", "mixed_rand"]
     )
@@ -150,8 +150,8 @@ def test_tiles_of_the_decision_sheet_are_the_images(arena):
     fought = fight(judge(), arena, np.arange(7))
     names = [(variants["original"].classes[label], stem) for label, stem in zip(labels, stems)]
     objects = backgrounds.Foregrounds(names, foregrounds, masks, labels)
-    reports = [Report(channel_model(), said, fought)]
-    sheet = backgrounds.decision_sheet(reports, variants, images, objects, 20)
+    reports = [Report(judge(), said, fought)]
+    sheet = backgrounds.decision_sheet(reports, variants, lambda name, i: images[name][i], objects, 20)
     shown = backgrounds.changed_decisions(reports, variants, ["original", "mixed_rand"])
     assert len(sheet.rows) == len(shown) == (labels != 2).sum() and len(sheet.columns) == 3
     for row, ((_, stem), (first, second)) in enumerate(shown):
@@ -164,6 +164,62 @@ def test_tiles_of_the_decision_sheet_are_the_images(arena):
             if tile is not None and image is not None:
                 assert np.array_equal(tile, figures.fit(backgrounds.picture(image), 150, 150))
         assert [caption.text for caption in sheet.rows[row].captions[1]] == ["blue 50%"]
+
+
+def test_every_model_is_asked_about_the_adversary_that_is_shown():
+    """Scenery 0 is blue and misleads the first model alone; scenery 1 is green and misleads both."""
+    foregrounds = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
+    foregrounds[:, 0] = 200
+    masks = torch.zeros(1, 8, 8, dtype=torch.bool)
+    masks[:, :3] = True
+    scenery = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+    scenery[0, 2], scenery[1, 1] = 255, 255
+    blind = channel_model()
+    with torch.no_grad():
+        assert blind.classifier is not None
+        blind.classifier.bias[2] = -1e4  # never names blue
+    variants = {"original": variant("original", [0], ["a"]), "mixed_rand": variant("mixed_rand", [0], ["fg_a_bg_b"])}
+    objects = backgrounds.Foregrounds([("00_red", "a")], foregrounds, masks, np.array([0]))
+    said = {"original": answers([0]), "mixed_rand": answers([1])}
+
+    def captions(orders: list[list[int]]) -> list[figures.Caption]:
+        judges = [judge(1), Judge(blind, np.arange(3), torch.device("cpu"), 1)]
+        fought = [
+            backgrounds.challenge(own, foregrounds, masks, np.array([0]), scenery, np.array(order))
+            for own, order in zip(judges, orders)
+        ]
+        reports = [Report(own, said, found) for own, found in zip(judges, fought)]
+        sheet = backgrounds.decision_sheet(reports, variants, lambda _, i: scenery[i], objects, 1)
+        return sheet.rows[0].captions[-1]
+
+    first, second = captions([[0, 1], [0, 1]])  # the tile is on blue
+    assert (first.text, first.colour) == ("blue 100%", figures.WRONG)
+    assert (second.text, second.colour) == ("red 100%; wrong on others", figures.RIGHT)
+    first, second = captions([[1, 0], [0, 1]])  # on green
+    assert (first.text, first.colour) == (second.text, second.colour) == ("green 100%", figures.WRONG)
+
+
+def test_several_models_are_measured_with_one_reading_of_each_variant(arena):
+    foregrounds, masks, labels, scenery = arena
+    stems = [f"s{i}" for i in range(11)]
+    variants = {"original": variant("original", labels.tolist(), stems), "only_bg_t": variant("only_bg_t", [0] * 7)}
+    objects = backgrounds.Foregrounds([("00_red", stem) for stem in stems], foregrounds, masks, labels)
+    images, read = {"original": foregrounds, "only_bg_t": scenery}, []
+
+    def counted(name: str) -> torch.Tensor:
+        read.append(name)
+        return images[name]
+
+    models = [channel_model(), channel_model(("blue", "red", "green"))]
+    together = backgrounds.measure_all(models, variants, counted, objects, None, torch.device("cpu"), 4)
+    assert read == ["original", "only_bg_t"]
+    for model, found in zip(models, together):
+        alone = backgrounds.measure(model, variants, images, objects, None, torch.device("cpu"), 5)
+        for name in variants:
+            assert np.array_equal(alone.variants[name].predicted, found.variants[name].predicted)
+        assert alone.challenge is not None and found.challenge is not None
+        assert np.array_equal(alone.challenge.vulnerable, found.challenge.vulnerable)
+    assert not np.array_equal(together[0].variants["original"].predicted, together[1].variants["original"].predicted)
 
 
 def test_outputs_are_matched_by_class_names():

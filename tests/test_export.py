@@ -285,7 +285,7 @@ def test_mean_and_deviation_come_with_the_file(run18, images, tmp_path):
         again = load_encoder(done.path)
         assert (again.mean, again.std) == (mean, std) and torch.equal(again.features(images), model.features(images))
         assert "0.4717, 0.4499, 0.3837" in done.card.read_text()
-    theirs = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
+    theirs: Any = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
     assert tuple(theirs.pretrained_cfg["mean"]) == mean
     # timm's own folders have no description of ours
     bare = tmp_path / "bare"

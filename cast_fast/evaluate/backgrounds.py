@@ -21,7 +21,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -117,13 +117,14 @@ def read_images(paths: Sequence[Path], *, text: str = "") -> Tensor:
     Raises:
         UserError: a file cannot be decoded or differs in size from the first; the message names it.
     """
-    images: list[Picture] = []
-    for _, items in batches(range(len(paths)), lambda i: read_image(paths[i]), 64, text=text):
-        images += items
-    for path, image in zip(paths, images):
-        if image.shape != images[0].shape:
-            raise UserError(f"{path}: is {_size(image)}, expected {_size(images[0])} as {paths[0].name}")
-    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
+    first = read_image(paths[0])
+    images = torch.empty(len(paths), 3, *first.shape[:2], dtype=torch.uint8)
+    for indices, items in batches(range(len(paths)), lambda i: read_image(paths[i]), 64, text=text):
+        for index, image in zip(indices, items):
+            if image.shape != first.shape:
+                raise UserError(f"{paths[index]}: is {_size(image)}, expected {_size(first)} as {paths[0].name}")
+            images[index] = torch.from_numpy(image.transpose(2, 0, 1))
+    return images
 
 
 def read_image(path: Path) -> Picture:
@@ -134,7 +135,7 @@ def read_image(path: Path) -> Picture:
     """
     try:
         with Image.open(path) as opened:
-            return np.asarray(opened.convert("RGB"))
+            return np.array(opened.convert("RGB"))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be decoded ({error})") from None
 
@@ -269,6 +270,8 @@ def challenge(
         text: of the progress bar.
     """
     count, device = len(foregrounds), judge.device
+    # once, not for every batch: bytes, 1.4 GB for the official set
+    foregrounds, masks, backgrounds = (held.to(device) for held in (foregrounds, masks, backgrounds))
     vulnerable = np.zeros(count, bool)
     breaker, answer = np.full(count, -1), np.full(count, -2)
     standing = np.arange(count)
@@ -277,13 +280,12 @@ def challenge(
     while done < len(order) and len(standing):
         width = min(max(1, judge.batch // len(standing)), len(order) - done)
         chosen = order[done : done + width]
-        scenery = backgrounds[torch.from_numpy(chosen)].to(device)
+        scenery = backgrounds[torch.from_numpy(chosen).to(device)]
         group = max(1, judge.batch // width)
         for start in range(0, len(standing), group):
             rows = standing[start : start + group]
-            index = torch.from_numpy(rows)
-            picture, mask = foregrounds[index].to(device), masks[index].to(device)
-            pasted = torch.where(mask[:, None, None], picture[:, None], scenery[None])
+            index = torch.from_numpy(rows).to(device)
+            pasted = torch.where(masks[index][:, None, None], foregrounds[index][:, None], scenery[None])
             predicted = judge.answer(pasted.flatten(0, 1))[0].view(len(rows), width)
             wrong = (predicted != torch.from_numpy(labels[rows]).to(device)[:, None]).cpu().numpy()
             said = predicted.cpu().numpy()
@@ -349,9 +351,14 @@ def read_foregrounds(root: Path, original: Variant, *, text: str = "") -> Foregr
 class Report:
     """Everything measured on one model."""
 
-    model: Model
+    judge: Judge
     variants: dict[str, Answers]
     challenge: Challenge | None
+
+    @property
+    def model(self) -> Model:
+        """The model that was measured."""
+        return self.judge.model
 
 
 def measure(
@@ -364,23 +371,43 @@ def measure(
     batch: int,
 ) -> Report:
     """Answers on every variant and, with foregrounds and only_bg_t, the challenge."""
+    return measure_all([model], variants, images.__getitem__, foregrounds, mapping, device, batch)[0]
+
+
+def measure_all(
+    models: Sequence[Model],
+    variants: Mapping[str, Variant],
+    read: Callable[[str], Tensor],
+    foregrounds: Foregrounds | None,
+    mapping: Mapping[int, int] | None,
+    device: torch.device,
+    batch: int,
+) -> list[Report]:
+    """``measure`` for several models, with the images of one variant at a time in memory.
+
+    Args:
+        models: classifiers.
+        variants: what to measure.
+        read: name of a variant → its images, uint8 (n, 3, H, W).
+        foregrounds: what the challenge pastes; None for no challenge.
+        mapping: see ``answer_table``.
+        device: where to compute.
+        batch: images a forward pass.
+    """
     classes = variants["original"].classes
-    judge = Judge(model, answer_table(model, classes, mapping), device, batch)
-    answers = {name: judge.answers(images[name], text=f"{model.name}: {name}") for name in variants}
-    result = None
-    if foregrounds is not None and "only_bg_t" in variants:
-        # a background that the model is sure about by itself is the likeliest to outvote a foreground
-        order = np.argsort(-answers["only_bg_t"].confidence, kind="stable")
-        result = challenge(
-            judge,
-            foregrounds.images,
-            foregrounds.masks,
-            foregrounds.labels,
-            images["only_bg_t"],
-            order,
-            text=f"{model.name}: challenge",
-        )
-    return Report(model, answers, result)
+    judges = [Judge(model, answer_table(model, classes, mapping), device, batch) for model in models]
+    reports = [Report(judge, {}, None) for judge in judges]
+    for name in variants:
+        images = read(name)
+        for report in reports:
+            report.variants[name] = report.judge.answers(images, text=f"{report.model.name}: {name}")
+            if foregrounds is not None and name == "only_bg_t":
+                # a background that the model is sure about by itself is the likeliest to outvote a foreground
+                order = np.argsort(-report.variants[name].confidence, kind="stable")
+                text = f"{report.model.name}: challenge"
+                held = foregrounds.images, foregrounds.masks, foregrounds.labels
+                report.challenge = challenge(report.judge, *held, images, order, text=text)
+    return reports
 
 
 def correct(report: Report, variant: Variant) -> NDArray[np.bool_]:
@@ -464,11 +491,14 @@ def changed_decisions(
 def decision_sheet(
     reports: Sequence[Report],
     variants: Mapping[str, Variant],
-    images: Mapping[str, Tensor],
+    image: Callable[[str, int], Tensor],
     foregrounds: Foregrounds | None,
     rows: int,
 ) -> Sheet:
-    """Figure S4: the same object on changed backgrounds, with each model's decision below, and its adversary last."""
+    """Figure S4: the same object on changed backgrounds, with each model's decision below, and its adversary last.
+
+    ``image`` gives an image by variant and number, uint8 (3, H, W).
+    """
     shown = [name for name in VARIANTS if name in variants]
     columns = [TITLES[name] for name in shown]
     if foregrounds is not None:
@@ -477,23 +507,28 @@ def decision_sheet(
     note = "Below each picture the decision and its confidence"
     if len(reports) > 1:
         note += ", from top to bottom: " + ", ".join(report.model.name for report in reports)
+    note += "."
+    if foregrounds is not None:
+        note += " Last: a background that misleads the first model that one was found for."
+        if len(reports) > 1:
+            note += " A model that is right there may still be wrong on others, and then its caption says so."
     classes = variants["original"].classes
     sheet = Sheet(
         columns,
         tile=(150, 150),
         title=title,
-        note=note + ".",
+        note=note,
         legend=[Swatch(figures.RIGHT, "right"), Swatch(figures.WRONG, "wrong: the class that was named")],
     )
     found = changed_decisions(reports, variants, shown)
     for (label, stem), places in found[:rows]:
         truth = classes.index(label)
-        tiles: list[Picture | None] = [picture(images[name][i]) for name, i in zip(shown, places)]
+        tiles: list[Picture | None] = [picture(image(name, i)) for name, i in zip(shown, places)]
         captions: list[list[Caption]] = [
             [_decision(report, classes, truth, name, i) for report in reports] for name, i in zip(shown, places)
         ]
         if foregrounds is not None:
-            tile, lines = _adversary(reports, foregrounds, images, classes, (label, stem))
+            tile, lines = _adversary(reports, foregrounds, image, classes, (label, stem))
             tiles.append(tile)
             captions.append(lines)
         sheet.add_row(tiles, label=f"{class_name(label)} {stem}", captions=captions)
@@ -508,45 +543,45 @@ def picture(image: Tensor) -> Picture:
 
 
 def _decision(report: Report, classes: Sequence[str], truth: int, name: str, index: int) -> Caption:
-    answers = report.variants[name]
+    return _caption(report.model, report.variants[name], index, classes, truth)
+
+
+def _caption(model: Model, answers: Answers, index: int, classes: Sequence[str], truth: int, more: str = "") -> Caption:
     predicted = int(answers.predicted[index])
-    text = (
-        f"{_answer_name(report.model, classes, predicted, int(answers.output[index]))} {answers.confidence[index]:.0%}"
-    )
+    name = _answer_name(model, classes, predicted, int(answers.output[index]))
+    text = f"{name} {answers.confidence[index]:.0%}{more}"
     return Caption(text, figures.RIGHT if predicted == truth else figures.WRONG)
 
 
-def _answer_name(model: Model, classes: Sequence[str], predicted: int, output: int | None) -> str:
+def _answer_name(model: Model, classes: Sequence[str], predicted: int, output: int) -> str:
     if predicted >= 0:
         return class_name(classes[predicted])
-    if output is not None and model.classes is not None:
-        return model.classes[output]
-    return "another class"
+    return "another class" if model.classes is None else model.classes[output]
 
 
 def _adversary(
     reports: Sequence[Report],
     foregrounds: Foregrounds,
-    images: Mapping[str, Tensor],
+    image: Callable[[str, int], Tensor],
     classes: Sequence[str],
     key: tuple[str, str],
 ) -> tuple[Picture | None, list[Caption]]:
-    """The composite that misled the first model that was misled, and whether each model was."""
+    """The composite that misled the first model that was misled, and what every model says to that very composite."""
     if key not in foregrounds.names:
         return None, []
     row = foregrounds.names.index(key)
-    tile, captions = None, []
-    for report in reports:
-        found = report.challenge
-        assert found is not None
-        if not found.vulnerable[row]:
-            captions.append(Caption("stands on every background", figures.RIGHT))
-            continue
-        if tile is None:
-            scenery = images["only_bg_t"][int(found.breaker[row])]
-            tile = picture(torch.where(foregrounds.masks[row][None], foregrounds.images[row], scenery))
-        captions.append(Caption(_answer_name(report.model, classes, int(found.answer[row]), None), figures.WRONG))
-    return tile, captions
+    truth = int(foregrounds.labels[row])
+    found = [report.challenge for report in reports]
+    breaker = next((int(c.breaker[row]) for c in found if c is not None and c.vulnerable[row]), None)
+    if breaker is None:
+        return None, [Caption("right on every background", figures.RIGHT) for _ in reports]
+    pasted = torch.where(foregrounds.masks[row][None], foregrounds.images[row], image("only_bg_t", breaker))
+    captions = []
+    for report, own in zip(reports, found):
+        said = report.judge.answers(pasted[None])
+        elsewhere = own is not None and bool(own.vulnerable[row]) and said.predicted[0] == truth
+        captions.append(_caption(report.model, said, 0, classes, truth, "; wrong on others" if elsewhere else ""))
+    return picture(pasted), captions
 
 
 def write_answers(path: Path, reports: Sequence[Report], variants: Mapping[str, Variant]) -> None:
@@ -613,11 +648,18 @@ def main(args: argparse.Namespace) -> int:
             fit_classifier(model, args.root, args.probe_on, device, args.batch, args.seed)
         else:
             answer_table(model, variants["original"].classes, mapping)  # before an hour is spent
-    images = {name: read_images(variant.paths, text=f"reading {name}") for name, variant in variants.items()}
     foregrounds = None
     if args.challenge and "only_bg_t" in variants:
         foregrounds = read_foregrounds(args.root, variants["original"], text="reading foregrounds")
-    reports = [measure(m, variants, images, foregrounds, mapping, device, args.batch) for m in models]
+    reports = measure_all(
+        models,
+        variants,
+        lambda name: read_images(variants[name].paths, text=f"reading {name}"),
+        foregrounds,
+        mapping,
+        device,
+        args.batch,
+    )
 
     args.out = output_folder(args.out, args.model[0], "backgrounds")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -632,7 +674,9 @@ def main(args: argparse.Namespace) -> int:
         results["differences"][name] = compare(reports[0], report, variants, resamples=args.resamples, seed=args.seed)
     (args.out / "backgrounds.json").write_text(json.dumps(results, indent=2) + "\n")
     write_answers(args.out / "backgrounds.csv", reports, variants)
-    sheet = decision_sheet(reports, variants, images, foregrounds, args.rows).save(args.out / "decisions.png")
+    sheet = decision_sheet(
+        reports, variants, lambda name, i: read_images([variants[name].paths[i]])[0], foregrounds, args.rows
+    ).save(args.out / "decisions.png")
     _print(results, names)
     print(f"{args.out / 'backgrounds.json'}\n{args.out / 'backgrounds.csv'}\n{sheet}")
     return 0
