@@ -109,6 +109,20 @@ def test_batches_keep_their_order_and_pass_errors_on():
         list(pictures.batches([1, 0], lambda i: 1 // i, 1))
 
 
+def test_long_work_is_reported_where_no_terminal_is(monkeypatch, caplog):
+    monkeypatch.setattr(pictures, "_LOG_EVERY", 0.0)
+    with caplog.at_level("INFO", logger="cast_fast"):
+        assert list(pictures.progress([1, 2, 3], "features")) == [1, 2, 3]
+        assert list(pictures.progress([1, 2, 3], "")) == [1, 2, 3]
+    assert [r.getMessage() for r in caplog.records] == [
+        f"features: {n} of 3 ({p} %)" for n, p in ((0, 0), (1, 33), (2, 67))
+    ]
+    caplog.clear()
+    monkeypatch.setattr(pictures, "_LOG_EVERY", 60.0)
+    list(pictures.progress([1, 2, 3], "features"))
+    assert not caplog.records
+
+
 COLOURS = {"red": (220, 30, 30), "green": (30, 220, 30), "blue": (30, 30, 220)}
 
 
@@ -236,6 +250,8 @@ def test_text_is_broken_to_fit():
     lines = figures.wrap("several words and averyveryverylongword that must be cut", 90, face)
     assert all(face.getlength(line) <= 90 for line in lines) and len(lines) > 3
     assert "".join(lines).replace(" ", "") == "severalwordsandaveryveryverylongwordthatmustbecut"
+    assert figures.wrap("demo-moco-linear", 110, face) == ["demo-moco-", "linear"]
+    assert figures.wrap("a-verylongword", 60, face)[0] != "a-"  # a break so early would leave the line empty
 
 
 # k nearest neighbours and linear classification

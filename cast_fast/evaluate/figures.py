@@ -374,7 +374,7 @@ class Sheet:
 
 
 def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
-    """Breaks text into lines no wider than ``width`` pixels; a longer word is broken where it must be."""
+    """Breaks text into lines no wider than ``width`` pixels, longer words where it must: after ``-_/.`` if it can."""
     lines: list[str] = []
     for paragraph in text.split("\n"):
         line = ""
@@ -385,6 +385,7 @@ def wrap(text: str, width: int, face: ImageFont.FreeTypeFont) -> list[str]:
             line = f"{line} {word}" if line else word
             while _text_width(line, face) > width and len(line) > 1:
                 cut = next(n for n in range(len(line) - 1, 0, -1) if n == 1 or _text_width(line[:n], face) <= width)
+                cut = next((n for n in range(cut, cut // 3, -1) if line[n - 1] in "-_/."), cut)
                 lines.append(line[:cut])
                 line = line[cut:]
         lines.append(line)

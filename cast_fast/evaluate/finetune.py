@@ -153,6 +153,9 @@ def sweep_finetuning(
         scores = predict(trained, pictures, rest, schedule.size, schedule.batch, device) if rest else torch.zeros(0, 1)
         right = (scores.argmax(dim=1) == labels[rest]) & scores.isfinite().all(dim=1)
         accuracy.append(float(right.float().mean()) if rest else 0.0)
+        logger.info(
+            "%s: finetuned at %g, %.1f %% right of %d held out", model.name, rate, 100 * accuracy[-1], len(rest)
+        )
     found = Sweep(tuple(rates), tuple(accuracy))
     if len(rates) > 1 and found.at_edge:
         logger.info("finetuning: the best learning rate, %g, is at the edge of the sweep", found.best)

@@ -16,6 +16,7 @@ import os
 import sys
 import tarfile
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger("cast_fast")
 CENTRAL_SHARE = 7 / 8
 """Side of the central crop over the shorter side of the resized image: 224 of 256."""
 _AHEAD = 2  # batches decoded in advance
+_LOG_EVERY = 30.0  # seconds
 
 Box = tuple[float, float, float, float]
 """(top, left, bottom, right) as shares of the image's sides, in [0, 1]."""
@@ -385,6 +387,22 @@ def batches(
 
 
 def progress(items: Sequence[_T], text: str) -> Iterator[_T]:
-    """The items, with a progress bar on stderr where that is a terminal and ``text`` is given."""
+    """The items, with a progress bar on stderr, or two lines a minute in the log where stderr is no terminal.
+
+    Args:
+        items: what to go through.
+        text: what is being done; nothing is shown without it.
+    """
     console = Console(stderr=True)
-    return iter(track(items, text, console=console, transient=True, disable=not (text and console.is_terminal)))
+    if text and not console.is_terminal:
+        return _logged(items, text)
+    return iter(track(items, text, console=console, transient=True, disable=not text))
+
+
+def _logged(items: Sequence[_T], text: str) -> Iterator[_T]:
+    said = time.monotonic()
+    for number, item in enumerate(items):
+        if time.monotonic() - said >= _LOG_EVERY:
+            said = time.monotonic()
+            logger.info("%s: %d of %d (%.0f %%)", text, number, len(items), 100 * number / len(items))
+        yield item
