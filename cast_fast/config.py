@@ -145,6 +145,10 @@ class PretrainConfig:
     """Then every rank that waits ends with an error; the first steps, which compile, must fit in."""
     compile: bool = option(True, "compile the step with torch.compile")
     """The eager step is slower and computes the same."""
+    batch_norm: str = option(
+        "torch", "BatchNorm with ReLU, shortcut and pooling in training", choices=("torch", "streaming")
+    )
+    """``streaming`` is one sweep of ``cast_kernels`` each: the same within rounding, with an eighth less traffic."""
     kernels: str = option("auto", "fused loss kernels or plain torch", choices=("auto", "triton", "torch"))
     """``auto`` takes Triton on CUDA."""
     apex: str = option("off", "NVIDIA apex's fused SGD, after a parity probe", choices=("auto", "on", "off"))

@@ -19,6 +19,7 @@ from cast_fast.errors import UserError
 from cast_fast.max_pool import MaxPool2d
 
 HEADS = ("linear", "mlp")
+BATCH_NORMS = ("torch", "streaming")
 
 
 class EncoderOutput(NamedTuple):
@@ -113,14 +114,22 @@ def architectures() -> list[str]:
     ]
 
 
-def build_trunk(arch: str) -> tuple[nn.Sequential, int]:
+def build_trunk(arch: str, batch_norm: str = "torch") -> tuple[nn.Sequential, int]:
     """A torchvision ResNet without its pooling and classifier, randomly initialised, and its number of channels.
 
-    The keys of its ``state_dict`` are torchvision's (318 for ``resnet50``).
+    The keys of its ``state_dict`` are torchvision's (318 for ``resnet50``), whatever ``batch_norm`` is.
+
+    Args:
+        arch: its name.
+        batch_norm: how BatchNorm and what surrounds it are computed in training mode: ``"torch"`` by torch's modules,
+            ``"streaming"`` by the operators of ``cast_kernels`` (``streaming_resnet``).
 
     Raises:
         UserError: ``arch`` is no ResNet of torchvision.
+        ValueError: unknown ``batch_norm``.
     """
+    if batch_norm not in BATCH_NORMS:
+        raise ValueError(f"batch_norm: got {batch_norm!r}, expected one of {', '.join(BATCH_NORMS)}")
     known = architectures()
     if arch not in known:
         close = difflib.get_close_matches(arch, known, n=3) or known
@@ -131,26 +140,31 @@ def build_trunk(arch: str) -> tuple[nn.Sequential, int]:
     for name, module in network.named_children():
         if name not in ("avgpool", "fc"):
             trunk.add_module(name, MaxPool2d.like(module) if isinstance(module, nn.MaxPool2d) else module)
+    if batch_norm == "streaming":
+        from cast_fast.streaming_resnet import StreamingTrunk
+
+        trunk = StreamingTrunk(trunk)
     return trunk, int(network.fc.in_features)
 
 
-def build_encoder(arch: str, dim: int, head: str) -> Encoder:
+def build_encoder(arch: str, dim: int, head: str, batch_norm: str = "torch") -> Encoder:
     """A randomly initialised encoder in channels-last memory.
 
     Args:
         arch: name of a torchvision ResNet.
         dim: D, length of the embedding.
         head: ``"linear"`` or ``"mlp"``.
+        batch_norm: as for ``build_trunk``.
 
     Raises:
         UserError: unknown ``arch``.
-        ValueError: unknown ``head``, or ``dim`` below 1.
+        ValueError: unknown ``head`` or ``batch_norm``, or ``dim`` below 1.
     """
     if dim < 1:
         raise ValueError(f"dim: got {dim}, expected at least 1")
     if head not in HEADS:
         raise ValueError(f"head: got {head!r}, expected one of {', '.join(HEADS)}")
-    trunk, features = build_trunk(arch)
+    trunk, features = build_trunk(arch, batch_norm)
     projection = LinearHead(features, dim) if head == "linear" else MLPHead(features, dim)
     return Encoder(trunk, projection).to(memory_format=torch.channels_last)
 

@@ -24,21 +24,30 @@ class MoCo(nn.Module):
         head: ``"linear"`` or ``"mlp"``.
         queue_size: K, number of negatives.
         seed: of the initial weights and of the initial queue; the global random state is left as it was.
+        batch_norm: ``"torch"`` or ``"streaming"``; see ``encoder.build_trunk``.
 
     Raises:
         UserError: unknown ``arch``.
-        ValueError: unknown ``head``, ``dim`` or ``queue_size`` below 1.
+        ValueError: unknown ``head`` or ``batch_norm``, ``dim`` or ``queue_size`` below 1.
     """
 
     query: Encoder
     key: Encoder
     queue: KeyQueue
 
-    def __init__(self, arch: str, dim: int = 128, head: str = "linear", queue_size: int = 65536, seed: int = 0) -> None:
+    def __init__(
+        self,
+        arch: str,
+        dim: int = 128,
+        head: str = "linear",
+        queue_size: int = 65536,
+        seed: int = 0,
+        batch_norm: str = "torch",
+    ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._assemble(build_encoder(arch, dim, head), KeyQueue(queue_size, dim))
+            self._assemble(build_encoder(arch, dim, head, batch_norm), KeyQueue(queue_size, dim))
 
     @classmethod
     def from_encoder(cls, encoder: Encoder, dim: int, queue_size: int, seed: int = 0) -> MoCo:

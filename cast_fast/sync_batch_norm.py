@@ -26,13 +26,10 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         with torch.autocast(input.device.type, enabled=False):
             values = input.to(torch.promote_types(input.dtype, torch.float32))
             variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
-            statistics = distributed.all_gather(torch.stack([mean, variance])[None], "BatchNorm statistics")
-            means, variances = statistics.unbind(1)
-            mean = means.mean(0)
-            variance = variances.mean(0) + (means - mean).square().mean(0)
+            mean, variance = join_statistics(torch.stack([mean, variance])).unbind()
             if self.running_mean is not None and self.running_var is not None:
                 count = input.numel() // input.shape[1] * distributed.world_size()
-                self._update(mean.detach(), variance.detach() * (count / (count - 1)))
+                update_running_statistics(self, mean.detach(), variance.detach(), count)
             factor = torch.rsqrt(variance + self.eps)
             if self.affine:
                 factor = factor * self.weight
@@ -41,13 +38,32 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
                 result = result + self.bias[:, None, None]
         return result.to(input.dtype)
 
-    def _update(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None
-        assert self.num_batches_tracked is not None and self.momentum is not None
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_(variance.to(self.running_var.dtype), self.momentum)
+
+def join_statistics(moments: Tensor) -> Tensor:
+    """Mean and biased variance over all ranks, (2, C), from this rank's (2, C); every rank has as many values.
+
+    Differentiable. By the sums of squared differences of Chan et al. (1979).
+    """
+    means, variances = distributed.all_gather(moments[None], "BatchNorm statistics").unbind(1)
+    mean = means.mean(0)
+    return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)])
+
+
+def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:
+    """Moves the running statistics as ``nn.BatchNorm2d`` does in a forward pass: unbiased variance, ``norm.momentum``.
+
+    Args:
+        norm: with running statistics and a momentum.
+        mean, variance: (C,) of the batch, the variance biased.
+        count: values a channel, at least 2.
+    """
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert norm.num_batches_tracked is not None and norm.momentum is not None
+    with torch.no_grad():
+        norm.num_batches_tracked.add_(1)
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+        unbiased = variance * (count / (count - 1))
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
 def synchronise_batch_norm(module: nn.Module) -> None:

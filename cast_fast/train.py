@@ -187,7 +187,9 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
                 return Outcome(run, saved.step, total)
 
         _seed_everything(config.seed)
-        model = MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed).to(device)
+        model = MoCo(
+            config.arch, config.dim, config.head, config.queue_size, config.seed, batch_norm=config.batch_norm
+        ).to(device)
         optimizer, chosen = build_sgd(
             model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay, apex=config.apex
         )

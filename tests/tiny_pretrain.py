@@ -32,7 +32,7 @@ SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR
 
 def make_tiny() -> None:
     """From now on every architecture is the tiny trunk."""
-    cast_fast.encoder.build_trunk = lambda arch: (tiny_trunk(), CHANNELS)
+    cast_fast.encoder.build_trunk = lambda *_: (tiny_trunk(), CHANNELS)
 
 
 def inject(faults: str) -> None:

@@ -1,0 +1,351 @@
+"""torchvision's ResNets around the streaming BatchNorm operators of ``cast_kernels``; same weights, same results.
+
+In training mode BatchNorm, ReLU, the addition of the shortcut and the stem's pooling take most of a ResNet's memory
+traffic, and what a compiler makes of their gradients reads much of it twice or three times. Here each of them is one
+sweep over the activations. What the composition adds to the operators:
+
+* the gradient in closed form, written out in ``torch.autograd.Function``; between two sweeps there are only (C,)
+  vectors, in ordinary operations that the compiler fuses;
+* a block's output has two readers, the next block's first convolution and its shortcut. A block therefore returns it
+  twice (``Branches``, two names of one memory), so that autograd hands both gradients over and the sweep that masks and
+  sums them is the one that adds them: no addition of its own, and the joined gradient is written once;
+* a ReLU inside a block is not saved: its mask is computed again from the convolution's output, which BatchNorm needs in
+  any case; the stem saves one byte a pooled pixel instead of its full-size activation.
+
+Only training mode streams. In eval mode a block is torch's own modules, one after the other.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import resnet
+
+from cast_fast import distributed
+from cast_fast.sync_batch_norm import SyncBatchNorm2d, join_statistics, update_running_statistics
+from cast_kernels import (
+    batch_norm_add_reduce,
+    batch_norm_apply,
+    batch_norm_input_gradient,
+    batch_norm_input_gradients,
+    batch_norm_relu_input_gradient,
+    batch_norm_relu_pool,
+    batch_norm_relu_pool_input_gradient,
+    batch_norm_relu_pool_reduce,
+    batch_norm_relu_reduce,
+    batch_norm_statistics,
+)
+
+
+class Branches(NamedTuple):
+    """A block's output, once for each of its readers; both are the same memory, and neither may be written to."""
+
+    main: Tensor
+    """For the first convolution of the next block."""
+    skip: Tensor
+    """For its shortcut."""
+
+
+class StreamingTrunk(nn.Sequential):
+    """The trunk of a torchvision ResNet: convolution, BatchNorm, ReLU, pool, four layers of blocks.
+
+    Args:
+        trunk: the ordinary trunk (``encoder.build_trunk``); its modules are taken over, under their names and in their
+            order, its blocks as ``StreamingBlock``.
+
+    Raises:
+        ValueError: another stem, another kind of block or another BatchNorm than torchvision's ResNets have.
+    """
+
+    def __init__(self, trunk: nn.Sequential) -> None:
+        super().__init__()
+        for name, module in trunk.named_children():
+            if isinstance(module, nn.Sequential):
+                last = name == "layer4"
+                blocks = [StreamingBlock(block, splits=not last or block is not module[-1]) for block in module]
+                module = nn.Sequential(*blocks)
+            self.add_module(name, module)
+        names = ["conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"]
+        if (found := [name for name, _ in self.named_children()]) != names:
+            raise ValueError(f"trunk: got modules {', '.join(found)}, expected {', '.join(names)}")
+        _check_norm(self.bn1)
+        pool = self.maxpool
+        if not isinstance(pool, nn.MaxPool2d) or not _is_stem_pool(pool):
+            raise ValueError(f"maxpool: got {pool}, expected kernel 3, stride 2, padding 1")
+
+    def forward(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """(N, 3, S, S) → (N, C, H, W), channels-last."""
+        norm = self.bn1
+        if not norm.training:
+            return super().forward(images)
+        assert isinstance(norm, nn.BatchNorm2d)
+        x = self.conv1(images)
+        result = _NormReluPool.apply(x, batch_statistics(norm, x), *_settings(norm))
+        return self.layer4(self.layer3(self.layer2(self.layer1(Branches(*result)))))
+
+
+class StreamingBlock(nn.Module):
+    """A residual block of torchvision, ``BasicBlock`` or ``Bottleneck``, with its modules and their names.
+
+    Args:
+        block: its modules are taken over.
+        splits: whether two modules read the output, so that it is returned as ``Branches`` in training mode.
+
+    Raises:
+        ValueError: another kind of block or of BatchNorm.
+    """
+
+    def __init__(self, block: nn.Module, *, splits: bool = True) -> None:
+        super().__init__()
+        if type(block) not in (resnet.BasicBlock, resnet.Bottleneck):
+            raise ValueError(f"block: got {type(block).__name__}, expected BasicBlock or Bottleneck of torchvision")
+        for name, module in block.named_children():
+            self.add_module(name, module)
+        self.splits = splits
+        self.depth = 2 if isinstance(block, resnet.BasicBlock) else 3
+        self.projects = getattr(block, "downsample", None) is not None
+        """Whether the shortcut has a convolution and a BatchNorm of its own."""
+        for norm in self._norms():
+            _check_norm(norm)
+
+    def forward(self, inputs: Tensor | Branches) -> Tensor | Branches:
+        """(N, C, H, W), once or for each branch → (N, C', H', W'), likewise."""
+        main, skip = inputs if isinstance(inputs, Branches) else (inputs, inputs)
+        if not all(norm.training for norm in self._norms()):
+            return self._plain(main)
+        for number in range(1, self.depth):
+            conv, norm = self._layer(number)
+            x = conv(main)
+            main = _NormRelu.apply(x, batch_statistics(norm, x), *_settings(norm))
+        conv, norm = self._layer(self.depth)
+        x = conv(main)
+        arguments = [self.splits, x, batch_statistics(norm, x), *_settings(norm)]
+        if self.projects:
+            conv, norm = self._shortcut()
+            shortcut = conv(skip)
+            result = _NormAddNormRelu.apply(*arguments, shortcut, batch_statistics(norm, shortcut), *_settings(norm))
+        else:
+            result = _NormAddRelu.apply(*arguments, skip)
+        return Branches(*result) if self.splits else result
+
+    def _plain(self, inputs: Tensor) -> Tensor:
+        """The block as torchvision writes it."""
+        main = inputs
+        for number in range(1, self.depth + 1):
+            conv, norm = self._layer(number)
+            main = norm(conv(main))
+            if number < self.depth:
+                main = F.relu(main)
+        if self.projects:
+            conv, norm = self._shortcut()
+            inputs = norm(conv(inputs))
+        return F.relu(main + inputs)
+
+    # Looked up at every call: ``synchronise_batch_norm`` puts other modules in their place.
+    def _layer(self, number: int) -> tuple[Any, Any]:
+        return getattr(self, f"conv{number}"), getattr(self, f"bn{number}")
+
+    def _shortcut(self) -> tuple[Any, Any]:
+        pair: Any = self.downsample
+        return pair[0], pair[1]
+
+    def _norms(self) -> list[Any]:
+        norms = [self._layer(number)[1] for number in range(1, self.depth + 1)]
+        return [*norms, self._shortcut()[1]] if self.projects else norms
+
+
+def batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    """Mean and biased variance (2, C) of the batch, over all ranks for a ``SyncBatchNorm2d``; updates ``norm``'s own.
+
+    Args:
+        norm: in training mode; its running statistics and its count move as in its own forward pass.
+        x: (n, C, H, W), what it normalises.
+
+    Raises:
+        ValueError: a single value a channel, which has no variance.
+    """
+    with torch.no_grad():
+        moments = batch_norm_statistics(x.detach())
+        count = x.numel() // x.shape[1]
+        if _synced(norm):
+            moments = join_statistics(moments)
+            count *= distributed.world_size()
+        if count < 2:
+            raise ValueError(f"BatchNorm: got one value a channel (shape {tuple(x.shape)}), expected more in training")
+        update_running_statistics(norm, moments[0], moments[1], count)
+    return moments
+
+
+def _synced(norm: nn.Module) -> bool:
+    return isinstance(norm, SyncBatchNorm2d) and distributed.world_size() > 1
+
+
+def _settings(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float, bool]:
+    """weight, bias, eps, and whether statistics are those of all ranks: what a function takes beside the moments."""
+    return norm.weight, norm.bias, norm.eps, _synced(norm)
+
+
+def _check_norm(norm: Any) -> None:
+    ordinary = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
+    if not ordinary or norm.momentum is None:
+        raise ValueError(f"BatchNorm: got {norm}, expected nn.BatchNorm2d, affine, with running statistics")
+
+
+def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
+    settings = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    numbers = tuple(value if isinstance(value, int) else value[0] for value in settings)
+    square = all(isinstance(value, int) or value[0] == value[1] for value in settings)
+    return square and numbers == (3, 2, 1, 1) and not pool.ceil_mode and not pool.return_indices
+
+
+class _Vectors(NamedTuple):
+    """What the sweeps need of one BatchNorm, (C,) each in the dtype of the statistics."""
+
+    mean: Tensor
+    inverse: Tensor
+    """1 / sqrt(variance + eps)."""
+    scale: Tensor
+    """weight · inverse."""
+    bias: Tensor
+
+
+def _vectors(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> _Vectors:
+    mean, variance = moments[0], moments[1]
+    inverse = torch.rsqrt(variance + eps)
+    return _Vectors(mean, inverse, weight.to(inverse.dtype) * inverse, bias.to(inverse.dtype))
+
+
+def _coefficients(
+    gradient: Tensor, product: Tensor, vectors: _Vectors, x: Tensor, synced: bool
+) -> tuple[Tensor, Tensor]:
+    """constant and slope of the input gradient, from this rank's sums of g and of g (x - mean), (C,) each.
+
+    The statistics are functions of every rank's x, so with common statistics the sums are those of all ranks.
+    """
+    count = x.numel() // x.shape[1]
+    if synced:
+        count *= distributed.world_size()
+        sums = distributed.all_reduce(torch.stack([gradient, product]), "BatchNorm statistics, gradient")
+        gradient, product = sums[0], sums[1]
+    constant = vectors.scale * gradient / count
+    return constant, vectors.scale * vectors.inverse.square() * product / count
+
+
+class _NormRelu(torch.autograd.Function):
+    """ReLU(BatchNorm(x)) from the statistics of x; their part in the gradient is in the closed form."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, synced: bool
+    ) -> Tensor:
+        vectors = _vectors(moments, weight, bias, eps)
+        ctx.save_for_backward(x, *vectors)
+        ctx.synced, ctx.dtype = synced, weight.dtype
+        return batch_norm_apply(x, vectors.mean, vectors.scale, vectors.bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, inverse, scale, bias = ctx.saved_tensors
+        sums = batch_norm_relu_reduce(dy, x, mean, scale, bias)
+        constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
+        dx = batch_norm_relu_input_gradient(dy, x, mean, scale, bias, constant, slope)
+        return dx, None, (sums[1] * inverse).to(ctx.dtype), sums[0].to(ctx.dtype), None, None
+
+
+class _NormAddRelu(torch.autograd.Function):
+    """ReLU(BatchNorm(x) + shortcut), given out twice where ``splits`` says so."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        splits: bool,
+        x: Tensor,
+        moments: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        synced: bool,
+        shortcut: Tensor,
+    ) -> Any:
+        vectors = _vectors(moments, weight, bias, eps)
+        y = batch_norm_apply(x, vectors.mean, vectors.scale, vectors.bias, shortcut)
+        ctx.save_for_backward(y, x, *vectors)
+        ctx.synced, ctx.dtype = synced, weight.dtype
+        return (y, y.view_as(y)) if splits else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dy_skip: Tensor | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, x, mean, inverse, scale, bias = ctx.saved_tensors
+        g, sums = batch_norm_add_reduce(dy, dy_skip, y, x, mean)
+        constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
+        dx = batch_norm_input_gradient(g, x, mean, scale, constant, slope)
+        return None, dx, None, (sums[1] * inverse).to(ctx.dtype), sums[0].to(ctx.dtype), None, None, g
+
+
+class _NormAddNormRelu(torch.autograd.Function):
+    """ReLU(BatchNorm(x) + BatchNorm(shortcut)), given out twice where ``splits`` says so."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any,
+        splits: bool,
+        x: Tensor,
+        moments: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        synced: bool,
+        shortcut: Tensor,
+        shortcut_moments: Tensor,
+        shortcut_weight: Tensor,
+        shortcut_bias: Tensor,
+        shortcut_eps: float,
+        shortcut_synced: bool,
+    ) -> Any:
+        one = _vectors(moments, weight, bias, eps)
+        other = _vectors(shortcut_moments, shortcut_weight, shortcut_bias, shortcut_eps)
+        y = batch_norm_apply(x, one.mean, one.scale, one.bias, shortcut, other.mean, other.scale, other.bias)
+        ctx.save_for_backward(y, x, *one, shortcut, *other)
+        ctx.synced, ctx.dtype = synced, weight.dtype
+        ctx.shortcut_synced = shortcut_synced
+        return (y, y.view_as(y)) if splits else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dy_skip: Tensor | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y, x, mean, inverse, scale, bias, shortcut, mean_s, inverse_s, scale_s, bias_s = ctx.saved_tensors
+        g, sums = batch_norm_add_reduce(dy, dy_skip, y, x, mean, shortcut, mean_s)
+        one, other = _Vectors(mean, inverse, scale, bias), _Vectors(mean_s, inverse_s, scale_s, bias_s)
+        coefficients = _coefficients(sums[0], sums[1], one, x, ctx.synced)
+        coefficients_s = _coefficients(sums[0], sums[2], other, shortcut, ctx.shortcut_synced)
+        dx, dshortcut = batch_norm_input_gradients(
+            g, x, mean, scale, *coefficients, shortcut, mean_s, scale_s, *coefficients_s
+        )
+        dbias = sums[0].to(ctx.dtype)
+        gradients = (dx, None, (sums[1] * inverse).to(ctx.dtype), dbias, None, None)
+        shortcut_gradients = (dshortcut, None, (sums[2] * inverse_s).to(ctx.dtype), dbias.clone(), None, None)
+        return None, *gradients, *shortcut_gradients
+
+
+class _NormReluPool(torch.autograd.Function):
+    """Max pooling of ReLU(BatchNorm(x)), given out twice."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, synced: bool
+    ) -> tuple[Tensor, Tensor]:
+        vectors = _vectors(moments, weight, bias, eps)
+        y, choice = batch_norm_relu_pool(x, vectors.mean, vectors.scale, vectors.bias)
+        ctx.save_for_backward(x, choice, *vectors)
+        ctx.synced, ctx.dtype = synced, weight.dtype
+        return y, y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, dy_skip: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, choice, mean, inverse, scale, bias = ctx.saved_tensors
+        sums = batch_norm_relu_pool_reduce(dy, dy_skip, choice, x, mean, scale, bias)
+        constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
+        dx = batch_norm_relu_pool_input_gradient(dy, dy_skip, choice, x, mean, scale, bias, constant, slope)
+        return dx, None, (sums[1] * inverse).to(ctx.dtype), sums[0].to(ctx.dtype), None, None
