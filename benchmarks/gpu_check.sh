@@ -24,7 +24,7 @@ fail() { printf 'gpu_check.sh: error: %s\n' "$1" >&2; exit 2; }
 PHASES=(
   "environment|30|80|device, versions, measured ceilings: copy, matrix product, ResNet-50 convolutions"
   "tests|60|200|the tests marked gpu"
-  "ladder-256|200|420|throughput ladder at batch 256"
+  "ladder-256|200|480|throughput ladder at batch 256"
   "kernels|60|300|each kernel against eager, torch.compile and its byte floor"
   "memcheck|60|240|compute-sanitizer memcheck on the kernels"
   "racecheck|60|240|compute-sanitizer racecheck on the kernels"
@@ -32,6 +32,7 @@ PHASES=(
   "ladder-128|150|300|throughput ladder at batch 128"
   "ladder-64|150|300|throughput ladder at batch 64"
   "profile|90|200|torch.profiler: where the time of a step goes"
+  "profile-streaming|90|200|the same with streaming BatchNorm"
   "memory|90|300|the largest batch that fits, product against published-amp"
   "native|60|200|build and tests of the native crop operator, CUDA backend included"
   "loader|90|400|DALI loader, end to end"
@@ -61,11 +62,11 @@ wanted() { [[ $only == " " || $only == *" $1 "* ]]; }
 ended() { [[ $(status_of "$1") != waiting && $redo != *" $1 "* ]]; }
 
 if ((dry_run)); then
-  printf '%-12s %6s %6s  %-8s %s\n' phase needs limit status what
+  printf '%-17s %6s %6s  %-8s %s\n' phase needs limit status what
   for row in "${PHASES[@]}"; do
     IFS='|' read -r name needs limit what <<<"$row"
     wanted "$name" || continue
-    printf '%-12s %5ss %5ss  %-8s %s\n' "$name" "$needs" "$limit" "$(status_of "$name" | cut -d' ' -f1)" "$what"
+    printf '%-17s %5ss %5ss  %-8s %s\n' "$name" "$needs" "$limit" "$(status_of "$name" | cut -d' ' -f1)" "$what"
   done
   exit 0
 fi
@@ -135,10 +136,10 @@ phase_tests() {
   CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
     --durations=10 --junitxml "$1/junit.xml" "${workers[@]}" "${ignored[@]}"
 }
-phase_ladder-256() { ladder "$1" "$2" 256 --variants published,published-amp,one-pass,closed-form,compiled,kernels,moco,trunk-bound; }
-phase_ladder-512() { ladder "$1" "$2" 512 --variants published-amp,compiled,kernels,moco,trunk-bound; }
-phase_ladder-128() { ladder "$1" "$2" 128 --variants published-amp,compiled,kernels,moco,trunk-bound; }
-phase_ladder-64() { ladder "$1" "$2" 64 --variants published-amp,compiled,kernels,moco,trunk-bound; }
+phase_ladder-256() { ladder "$1" "$2" 256 --variants published,published-amp,one-pass,closed-form,compiled,kernels,streaming,moco,trunk-bound,trunk-streaming; }
+phase_ladder-512() { ladder "$1" "$2" 512 --variants published-amp,compiled,kernels,streaming,moco,trunk-bound; }
+phase_ladder-128() { ladder "$1" "$2" 128 --variants published-amp,compiled,kernels,streaming,moco,trunk-bound; }
+phase_ladder-64() { ladder "$1" "$2" 64 --variants published-amp,compiled,kernels,streaming,moco,trunk-bound; }
 phase_kernels() { "$python" benchmarks/kernels.py --device cuda --out "$1"; }
 sanitize() { # folder tool
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 77; }
@@ -148,7 +149,8 @@ sanitize() { # folder tool
 }
 phase_memcheck() { sanitize "$1" memcheck; }
 phase_racecheck() { sanitize "$1" racecheck; }
-phase_profile() { "$python" benchmarks/profile_step.py --device cuda --out "$1"; }
+phase_profile() { "$python" benchmarks/profile_step.py --device cuda --line kernels --out "$1"; }
+phase_profile-streaming() { "$python" benchmarks/profile_step.py --device cuda --line streaming --out "$1"; }
 phase_memory() {
   local batch
   batch=$("$python" benchmarks/report.py "$out" --largest-batch) || { echo "$batch"; return 77; }

@@ -9,12 +9,14 @@ backward, gradient clipping, SGD, momentum update, enqueueing. They differ in ho
 ``closed-form``    Grad-CAM in closed form: the product's step, eager
 ``compiled``       the product's step, compiled, with plain torch losses
 ``kernels``        the same with the fused Triton losses: what ``cast-fast pretrain`` runs on CUDA
+``streaming``      the same with streaming BatchNorm (``--batch-norm streaming``)
 
 and beside them
 
 ``moco``           the product's step without CAST, compiled: what the attention loss is an overhead to
 ``trunk-bound``    compiled: one trunk forward and backward, two forwards; nothing else. No CAST step can be faster
                    without a faster trunk
+``trunk-streaming``  the same with streaming BatchNorm: how much faster the trunk itself gets
 """
 
 from __future__ import annotations
@@ -38,11 +40,14 @@ from cast_fast.optim import build_optimizer
 from cast_fast.step import IMAGE_MEAN, IMAGE_STD, TrainStep, resolve_precision
 from cast_kernels import reference
 
-LADDER = ("published", "published-amp", "one-pass", "closed-form", "compiled", "kernels")
-BESIDE = ("moco", "trunk-bound")
+LADDER = ("published", "published-amp", "one-pass", "closed-form", "compiled", "kernels", "streaming")
+BESIDE = ("moco", "trunk-bound", "trunk-streaming")
 
-COMPILED = ("compiled", "kernels", "moco", "trunk-bound")
+COMPILED = ("compiled", "kernels", "streaming", "moco", "trunk-bound", "trunk-streaming")
 """Lines that ``torch.compile`` compiles when they first run."""
+
+STREAMING = ("streaming", "trunk-streaming")
+"""Lines with streaming BatchNorm; all others have torch's modules, whatever the product's default is."""
 
 TRUNK_UNITS = {
     "published": 8,
@@ -51,8 +56,10 @@ TRUNK_UNITS = {
     "closed-form": 5,
     "compiled": 5,
     "kernels": 5,
+    "streaming": 5,
     "moco": 4,
     "trunk-bound": 5,
+    "trunk-streaming": 5,
 }
 """Work of a line in trunk forwards, a backward counted as two."""
 
@@ -170,15 +177,19 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 def absent(name: str, settings: Settings) -> str | None:
     """Why a line cannot be there, or None."""
-    if name == "kernels" and settings.device.type != "cuda":
+    if settings.device.type == "cuda":
+        return None
+    if name == "kernels":
         return "the fused losses are Triton kernels and need a CUDA device"
+    if name in STREAMING:
+        return "streaming BatchNorm is made of Triton kernels and needs a CUDA device; on a CPU it is torch, unfused"
     return None
 
 
 def build(name: str, settings: Settings) -> Built:
     """Builds one line: its own model and optimizer on the device, and one fixed batch of noise."""
-    if name == "trunk-bound":
-        return _trunk_bound(settings)
+    if name in ("trunk-bound", "trunk-streaming"):
+        return _trunk_bound(name, settings)
     if name in ("published", "published-amp", "one-pass"):
         return _formulation(name, settings)
     return _product(name, settings)
@@ -194,9 +205,14 @@ def trunk_flops(settings: Settings) -> int:
     return counter.get_total_flops() * settings.batch
 
 
-def _model(settings: Settings) -> MoCo:
+def _batch_norm(name: str) -> str:
+    return "streaming" if name in STREAMING else "torch"
+
+
+def _model(name: str, settings: Settings) -> MoCo:
     config = settings.config
-    return MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed).to(settings.device)
+    model = MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed, _batch_norm(name))
+    return model.to(settings.device)
 
 
 def _batch(settings: Settings, *, attention: bool = True) -> Batch:
@@ -215,7 +231,7 @@ def _product(name: str, settings: Settings) -> Built:
     """A line that is ``cast_fast.step.TrainStep`` itself."""
     config = settings.config
     attention = name != "moco"
-    model = _model(settings)
+    model = _model(name, settings)
     optimizer = build_optimizer(model.query.parameters(), RATE, config.sgd_momentum, config.weight_decay)
     step = TrainStep(
         model,
@@ -224,7 +240,7 @@ def _product(name: str, settings: Settings) -> Built:
         momentum=config.momentum,
         precision=settings.precision,
         compile=name != "closed-form",
-        kernels=name == "kernels",
+        kernels=name in ("kernels", "streaming"),
         clip_grad=config.clip_grad,
     )
     batch = _batch(settings, attention=attention)
@@ -237,7 +253,7 @@ def _formulation(name: str, settings: Settings) -> Built:
     published = name != "one-pass"
     layout = torch.contiguous_format if name == "published" else torch.channels_last
     half = settings.line_precision(name) == "bf16"
-    model = _model(settings).to(memory_format=layout).train()
+    model = _model(name, settings).to(memory_format=layout).train()
     parameters = list(model.query.parameters())
     if published:
         optimizer = torch.optim.SGD(parameters, RATE, config.sgd_momentum, weight_decay=config.weight_decay)
@@ -277,11 +293,11 @@ def _formulation(name: str, settings: Settings) -> Built:
     return Built(step, (model, optimizer, query, key, mask, saliency))
 
 
-def _trunk_bound(settings: Settings) -> Built:
+def _trunk_bound(name: str, settings: Settings) -> Built:
     """One trunk forward and backward and two forwards, compiled, on normalised images."""
     torch.manual_seed(settings.config.seed)
     half = settings.precision == "bf16"
-    trunk, frozen = (build_trunk(settings.arch)[0] for _ in range(2))
+    trunk, frozen = (build_trunk(settings.arch, _batch_norm(name))[0] for _ in range(2))
     for module in (trunk, frozen):
         module.to(settings.device).to(memory_format=torch.channels_last).train()
     frozen.requires_grad_(False)

@@ -20,6 +20,8 @@ Row = dict[str, Any]
 HEADROOM = 0.94
 """Share of the memory that a step may fill: the rest is the context, cuDNN's workspaces and fragments."""
 BATCH_STEP = 32
+STREAMING_MODEL = "the model says 1.09 to 1.11"
+"""For ResNet-50 on an A100 or H200; docs/performance.md."""
 FLOAT32_SETTINGS = ("cudnn_allow_tf32", "matmul_allow_tf32", "float32_matmul_precision", "cudnn_benchmark")
 """Keys of an environment's details that say what float32 meant."""
 
@@ -85,6 +87,18 @@ def ladder_rows(records: list[Row]) -> list[list[str]]:
     return rows
 
 
+def streaming_lines(records: list[Row]) -> list[str]:
+    """What a ladder says about streaming BatchNorm as the default: its gain, and whether it is more than the spread."""
+    steps = {row["variant"]: row for row in records if row["unit"] == "images/s"}
+    found = []
+    for name, base in (("streaming", "kernels"), ("trunk-streaming", "trunk-bound")):
+        if name in steps and base in steps and steps[base]["value"]:
+            new, old = steps[name], steps[base]
+            apart = "gain" if new["p20"] > old["p80"] else "loss" if new["p80"] < old["p20"] else "within the spread"
+            found.append(f"{name} ÷ {base}: {number(new['value'] / old['value'], 4)} ({apart}; {STREAMING_MODEL})")
+    return ["; ".join(found) + ".", ""] if found else []
+
+
 def plain_rows(records: list[Row]) -> list[list[str]]:
     """Table rows of any other records."""
     return [
@@ -126,6 +140,7 @@ def report(out: Path) -> str:
             lines += float32_line(folder)
             columns = ["line", "images/s", "p20–p80", "× published", "× published-amp", "moco ÷ line", "of bound"]
             lines += table([*columns, "peak GiB", "samples"], ladder_rows(records))
+            lines += streaming_lines(records)
             records = [row for row in records if row["unit"] != "images/s" and row["name"] != "peak_memory"]
         if records:
             lines += table(["what", "dtype", "shape", "value", "p20–p80", "of bound"], plain_rows(records))

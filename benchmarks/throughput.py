@@ -262,7 +262,9 @@ def measure_loading(report: Report, dataset: Dataset, built: dict[str, ladder.Bu
 
 def product_line(settings: ladder.Settings) -> str:
     """The line that ``cast-fast pretrain`` runs on this device."""
-    return "kernels" if settings.device.type == "cuda" else "compiled"
+    if settings.device.type != "cuda":
+        return "compiled"
+    return "streaming" if settings.config.batch_norm == "streaming" else "kernels"
 
 
 def open_dataset(plan: Plan) -> Dataset:

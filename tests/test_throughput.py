@@ -48,7 +48,8 @@ def test_whole_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, records, summary = run(tmp_path)
     assert code == 0
     assert list(summary["lines"]) == list(throughput.LINES)
-    assert summary["lines"].pop("kernels")["status"] == "absent"
+    for name in ("kernels", *ladder.STREAMING):
+        assert summary["lines"].pop(name)["status"] == "absent"
     assert summary["end_to_end_limited_by"] in ("loader", "step")
     assert records.keys() == summary["lines"].keys()
     for name, entry in summary["lines"].items():
@@ -169,10 +170,10 @@ def test_what_ladder_calls_compiled_is_compiled(monkeypatch: pytest.MonkeyPatch)
     compiled: list[str] = []
     settings = tiny_settings()
     for name in STEPS:
-        if name != "kernels":
+        if name not in ("kernels", "streaming"):  # their fused losses need CUDA
             monkeypatch.setattr(torch, "compile", lambda function, name=name, **_: compiled.append(name) or function)
             ladder.build(name, settings).run()
-    assert {*compiled, "kernels"} == set(ladder.COMPILED)
+    assert {*compiled, "kernels", "streaming"} == set(ladder.COMPILED)
 
 
 def test_quick_runs_have_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -374,7 +375,7 @@ def _left_by_gpu_check(out: Path) -> None:
     for name, batch, peak in (("ladder-256", 256, 30e9), ("ladder-64", 64, 12e9)):
         results = harness.Results(out / name, env)
         shape = {"batch": batch}
-        for line, seconds in (("published", 0.4), ("moco", 0.1), ("kernels", 0.125)):
+        for line, seconds in (("published", 0.4), ("moco", 0.1), ("kernels", 0.125), ("streaming", 0.1)):
             rate = harness.Measurement((seconds,))
             results.add(
                 results.record("step", line, rate, dtype="bf16", shape=shape, unit="images/s", scale=lambda s: 256 / s)
@@ -395,6 +396,7 @@ def test_report_of_a_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "float32: cudnn_allow_tf32 True, matmul_allow_tf32 False, float32_matmul_precision highest" in text
     assert "## ladder-256\n\nok, 300 s\n" in text
     assert "| kernels | 2,048 | 2,048–2,048 | 3.2 | – | 1.25 | – | 27.94 | 1 |" in text
+    assert text.count("streaming ÷ kernels: 1.25 (gain; the model says 1.09 to 1.11).") == 2
     assert "## ladder-64\n\ncut off, not ended" in text
     assert "1 failed" in text
     assert report.main([str(tmp_path / "absent")]) == 2
@@ -409,6 +411,15 @@ def test_report_of_a_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     per_image = 18e9 / 192
     filled = 12e9 + (batch - 64) * per_image
     assert filled <= report.HEADROOM * 80e9 < filled + report.BATCH_STEP * per_image
+
+
+@pytest.mark.parametrize(("low", "high", "verdict"), [(101, 140, "gain"), (60, 89, "loss"), (85, 120, "within the")])
+def test_streaming_is_judged_by_more_than_the_spread(low: float, high: float, verdict: str) -> None:
+    base = {"variant": "trunk-bound", "unit": "images/s", "value": 95.0, "p20": 90.0, "p80": 100.0}
+    line = {**base, "variant": "trunk-streaming", "value": (low + high) / 2, "p20": low, "p80": high}
+    (text, _) = report.streaming_lines([base, line])
+    assert text.startswith("trunk-streaming ÷ trunk-bound: ") and f"({verdict}" in text
+    assert report.streaming_lines([line]) == report.streaming_lines([]) == []
 
 
 def test_a_record_cut_off_by_a_crash_is_left_out(tmp_path: Path) -> None:
