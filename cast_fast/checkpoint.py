@@ -1,17 +1,22 @@
-"""Checkpoints that are whole or absent: written atomically, verified on load, never a pickle that runs code.
+"""Checkpoints that are whole or absent: written atomically by all ranks, verified on load, free of code.
 
 On disk::
 
-    RUN/checkpoints/step-N/NAME.pt        one file per key of the state, as ``torch.save`` writes it
-    RUN/checkpoints/step-N/config.json    the run's configuration
-    RUN/checkpoints/step-N/manifest.json  step, fingerprint, versions; size and SHA-256 of every file; its own SHA-256
-    RUN/checkpoints/last                  text file: the name of the newest whole folder, for people and scripts
+    RUN/checkpoints/step-N/rank-R.safetensors  the tensors that rank R of those who saved has written
+    RUN/checkpoints/step-N/state.json          plain values, and which file has which block of which tensor
+    RUN/checkpoints/step-N/config.json         the run's configuration
+    RUN/checkpoints/step-N/manifest.json       step, fingerprint, versions; size and SHA-256 of every file; its own
+    RUN/checkpoints/last                       text file: the newest whole folder's name, for people and scripts
 
-A checkpoint is written into a temporary folder beside its place, every file and the folder are flushed to the disk, and
-one rename makes it appear. So after a kill or a power failure at any moment ``step-N`` is either complete or not there.
-Reading does not trust ``last``: it takes the newest folder whose hashes agree, and says loudly what it passed over.
+Every rank writes one file into a temporary folder; rank 0 adds the rest when all have finished. Every file and the
+folder are flushed to the disk, and one rename makes the checkpoint appear. So after a kill or a power failure at any
+moment, on any rank, ``step-N`` is either complete or not there. Reading does not trust ``last``: it takes the newest
+folder whose hashes agree, and says loudly what it passed over. No file is a pickle, and none is unpickled.
 
-One process at a time may write into a run folder: hold ``exclusive`` while training.
+torch.distributed.checkpoint shares out the work among ranks: see ``cast_fast.checkpoint_storage``. A checkpoint can be
+read by any number of processes.
+
+One run at a time may write into a run folder: hold ``exclusive`` while training.
 """
 
 from __future__ import annotations
@@ -25,27 +30,35 @@ import importlib.metadata
 import io
 import json
 import logging
+import math
 import os
 import platform
 import re
 import shutil
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from cast_fast import __version__
+from cast_fast import __version__, distributed
 from cast_fast.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from cast_fast.checkpoint_storage import Entry, Sink
 
 logger = logging.getLogger("cast_fast")
 
-FORMAT = 1
-"""Version of the layout on disk; a newer one is refused."""
+FORMAT = 2
+"""Version of the layout on disk; others are refused. 1 had a file of ``torch.save`` for each key of the state."""
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 CONFIG = "config.json"
+STATE = "state.json"
 LAST = "last"
 
 _STEP_NAME = re.compile(r"step-(\d+)")
@@ -59,15 +72,30 @@ class DamagedCheckpoint(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
+class Part:
+    """This rank's block of a tensor that the ranks hold together; their blocks fill it without overlap."""
+
+    tensor: torch.Tensor
+    """The block."""
+    offsets: tuple[int, ...]
+    """Where it begins in the whole tensor, a number a dimension."""
+    size: tuple[int, ...]
+    """Shape of the whole tensor."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A verified checkpoint, every tensor on the CPU."""
+    """A verified checkpoint."""
 
     path: Path
     step: int
     fingerprint: str
     config: dict[str, Any]
-    state: dict[str, Any]
+    state: Any
+    """What was saved, every tensor whole: on the CPU, or from ``describe`` without content on the meta device."""
     versions: dict[str, str]
+    _values: Any = dataclasses.field(repr=False)
+    _entries: dict[str, Entry] = dataclasses.field(repr=False)
 
 
 def versions() -> dict[str, str]:
@@ -82,56 +110,84 @@ def versions() -> dict[str, str]:
 
 
 def save(
-    run: Path, step: int, state: Mapping[str, Any], *, config: Mapping[str, Any], fingerprint: str, keep: int
+    run: Path,
+    step: int,
+    state: Mapping[str, Any],
+    *,
+    config: Mapping[str, Any],
+    fingerprint: str,
+    keep: int,
+    group: Any = None,
 ) -> Path:
     """Writes ``RUN/checkpoints/step-N`` so that it is complete or absent, then points ``last`` at it.
 
     Args:
-        run: the run folder; the caller holds its ``exclusive`` lock.
+        run: the run folder, which all ranks see; rank 0 holds its ``exclusive`` lock.
         step: optimizer steps done, N.
-        state: name → anything made of tensors and plain values (numbers, strings, None, lists, tuples, dicts); one file
-            a name.
+        state: made of tensors, ``Part`` and plain values (numbers, strings, None, lists, tuples, dicts). On many ranks
+            a tensor is the same on each rank that has it and is written by one of them, a ``Part`` by the rank that
+            has it, and plain values are rank 0's.
         config: JSON-able configuration, stored beside the tensors.
         fingerprint: hash of the part of the configuration that a resumed run may not change.
         keep: how many of the newest checkpoints to keep, this one included.
+        group: a gloo process group whose ranks all take part; ``None`` for this process alone.
 
     Returns:
         The folder of the checkpoint. A whole checkpoint of the same step and fingerprint is left as it is.
 
     Raises:
-        UserError: the disk is full, over its quota or not writable. Nothing saved earlier is touched then.
-        ValueError: ``keep`` or ``step`` is out of range, or a name cannot be a file's.
+        UserError: on rank 0, where some rank's disk is full, over its quota or not writable. Nothing saved earlier is
+            touched then.
+        SystemExit: on the other ranks, with rank 0's exit code, where some rank failed.
+        RuntimeError: a rank is gone or did not come within the group's time-out.
+        ValueError: ``keep`` or ``step`` is out of range, or something else is in ``state``.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from cast_fast import checkpoint_storage
+
     if keep < 1:
         raise ValueError(f"keep: got {keep}, expected at least 1")
     if step < 0:
         raise ValueError(f"step: got {step}, expected at least 0")
-    for name in state:
-        if not re.fullmatch(r"[A-Za-z0-9_]+", name):
-            raise ValueError(f"state: got the name {name!r}, expected letters, digits and underscores")
+    values, tensors = checkpoint_storage.encode(state)
+    main = group is None or distributed.rank() == 0
     folder = Path(run) / FOLDER
     final = folder / f"step-{step}"
-    temporary = folder / f"{_TEMPORARY}step-{step}"
     needed = estimated_bytes(state)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_temporaries(folder)
-        if final.exists() and _is_same(final, fingerprint):
-            _point_last_at(folder, final.name)
-            return final
-        require_space(folder, needed, f"the checkpoint of step {step}")
-        temporary.mkdir()
-        files = {f"{name}.pt": _write(temporary / f"{name}.pt", _saver(value)) for name, value in state.items()}
-        files[CONFIG] = _write(temporary / CONFIG, _text(json.dumps(dict(config), indent=2) + "\n"))
-        manifest = {
-            "format": FORMAT,
-            "step": step,
-            "fingerprint": fingerprint,
-            "versions": versions(),
-            "files": files,
-        }
+
+    def prepare() -> str | None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            _remove_temporaries(folder)
+            if final.exists() and _is_same(final, fingerprint):
+                _point_last_at(folder, final.name)
+                return None
+            require_space(folder, needed, f"the checkpoint of step {step}")
+            # A name of its own: a hung process of an earlier start cannot write into it.
+            name = f"{_TEMPORARY}step-{step}-{uuid.uuid4().hex[:12]}"
+            (folder / name).mkdir()
+            return name
+        except OSError as error:
+            raise UserError(_failure(error, folder, step, needed)) from error
+
+    name = prepare() if group is None else distributed.on_main(prepare, "checkpoint", group)
+    if name is None:
+        return final
+    temporary = folder / name
+
+    def write(file: str, content: Callable[[Sink], object]) -> dict[str, Any]:
+        return _write(temporary / file, content)
+
+    def finish(entries: dict[str, Entry], files: dict[str, dict[str, Any]]) -> None:
+        for file, record in files.items():
+            _require_visible(temporary / file, record["size"])
+        content = {"values": values, "tensors": {name: entry.to_json() for name, entry in entries.items()}}
+        files[STATE] = write(STATE, _text(json.dumps(content)))
+        files[CONFIG] = write(CONFIG, _text(json.dumps(dict(config), indent=2) + "\n"))
+        manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "versions": versions(), "files": files}
         manifest["sha256"] = _digest(manifest)
-        _write(temporary / MANIFEST, _text(json.dumps(manifest, indent=2)))
+        write(MANIFEST, _text(json.dumps(manifest, indent=2)))
         _sync_folder(temporary)
         if final.exists():
             _set_aside(final)
@@ -139,13 +195,47 @@ def save(
         _sync_folder(folder)
         _point_last_at(folder, final.name)
         _prune(folder, step, keep)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(_failure(error, folder, step, needed)) from error
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+
+    try:
+        checkpoint_storage.save(tensors, write, finish, group)
+    except CheckpointException as error:
+        _raise_for_rank(error, group, lambda cause: _failure(cause, folder, step, needed))
+    finally:
+        # After the rename it is not there any more.
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
     return final
+
+
+def _raise_for_rank(error: CheckpointException, group: Any, describe: Callable[[OSError], str]) -> NoReturn:
+    """Raises what one rank of a failed collective save or load has to raise: rank 0 reports, the others leave."""
+    failed, (cause, _) = min(error.failures.items())
+    own = error.failures.get(0 if group is None else distributed.rank())
+    usual = isinstance(cause, (OSError, UserError))
+    if own is not None and not isinstance(own[0], (OSError, UserError)):
+        raise own[0]
+    if group is not None and distributed.rank() != 0:
+        raise SystemExit(2 if usual else 1)
+    message = describe(cause) if isinstance(cause, OSError) else str(cause)
+    where = "" if group is None else f"rank {failed}: "
+    if usual:
+        raise UserError(where + message) from cause
+    raise RuntimeError(f"{where}{type(cause).__name__}: {message}") from cause
+
+
+def _require_visible(path: Path, size: int) -> None:
+    """Checks on rank 0 that a file which another rank has written is there.
+
+    Raises:
+        UserError: it is not.
+    """
+    try:
+        found = path.stat().st_size
+    except FileNotFoundError:
+        found = None
+    if found != size:
+        raise UserError(f"{path} was written by another process with {size} bytes, but here it has {found}: "
+                        "expected a run folder that all ranks share")  # fmt: skip
 
 
 class BackgroundSaver:
@@ -153,6 +243,9 @@ class BackgroundSaver:
 
     What is saved is the state at the call: every tensor is copied before ``save`` returns. What can be lost is time: a
     process that is killed before the thread has finished leaves the checkpoint before this one as the newest.
+
+    On many ranks each has its own; their process group is for saving alone, so that the threads' messages cannot mix
+    with those of training.
     """
 
     def __init__(self) -> None:
@@ -163,10 +256,10 @@ class BackgroundSaver:
         """``checkpoint.save`` with these arguments, later; waits for the save before this one.
 
         Raises:
-            UserError: that one failed.
+            UserError, SystemExit, RuntimeError: that one failed, as ``checkpoint.save`` does.
         """
         self.wait()
-        copied = _on_cpu(state, copy=True)
+        copied = _copied(state)
 
         def write() -> None:
             try:
@@ -181,7 +274,7 @@ class BackgroundSaver:
         """Until nothing is being written.
 
         Raises:
-            UserError: the last save failed.
+            UserError, SystemExit, RuntimeError: the last save failed.
         """
         if self._thread is not None:
             self._thread.join()
@@ -192,7 +285,7 @@ class BackgroundSaver:
 
 
 def estimated_bytes(state: Any) -> int:
-    """An upper estimate of the size of a saved state in bytes: every storage once, plus room for names and headers."""
+    """An upper estimate of a saved state in bytes, over all ranks: every storage once, plus room for names."""
     storages: dict[tuple[str, int], int] = {}
     small = 0
 
@@ -204,6 +297,10 @@ def estimated_bytes(state: Any) -> int:
             # Tensors on the meta device all have address 0.
             key = (str(value.device), storage.data_ptr() if value.device.type != "meta" else id(value))
             storages[key] = max(storages.get(key, 0), storage.nbytes())
+            small += 512
+        elif isinstance(value, Part):
+            whole = math.prod(value.size) * value.tensor.element_size()
+            storages["part", id(value)] = whole
             small += 512
         elif isinstance(value, Mapping):
             for item in value.items():
@@ -254,67 +351,48 @@ def _failure(error: OSError, folder: Path, step: int, needed: int) -> str:
 
 
 class _HashedFile:
-    """What ``torch.save`` writes into: counts and hashes, and keeps the first error instead of raising it.
-
-    An exception raised through torch's C++ writer comes back as an unrelated 'unexpected pos' error.
-    """
+    """Counts and hashes what is written."""
 
     def __init__(self, handle: IO[bytes]) -> None:
         self._handle = handle
         self._digest = hashlib.sha256()
         self.size = 0
-        self.error: OSError | None = None
 
     def write(self, data: bytes | memoryview) -> int:
+        self._handle.write(data)
+        self._digest.update(data)
         count = memoryview(data).nbytes
-        if self.error is None:
-            try:
-                self._handle.write(data)
-            except OSError as error:
-                self.error = error
-            self._digest.update(data)
-            self.size += count
+        self.size += count
         return count
-
-    def flush(self) -> None:
-        """Left to the end: one flush and one fsync a file."""
 
     def record(self) -> dict[str, Any]:
         return {"sha256": self._digest.hexdigest(), "size": self.size}
 
 
-def _saver(value: Any) -> Callable[[_HashedFile], object]:
-    return lambda sink: torch.save(_on_cpu(value), sink)  # pyright: ignore[reportArgumentType]
-
-
-def _text(text: str) -> Callable[[_HashedFile], object]:
+def _text(text: str) -> Callable[[Sink], object]:
     return lambda sink: sink.write(text.encode())
 
 
-def _on_cpu(value: Any, copy: bool = False) -> Any:
-    """The same structure with every tensor on the CPU, so that a checkpoint loads on a machine without its GPU.
-
-    With ``copy`` nothing is shared with the original, which may go on changing.
-    """
+def _copied(value: Any) -> Any:
+    """The same structure with a copy of every tensor on the CPU, so that the originals may go on changing."""
     if isinstance(value, torch.Tensor):
-        tensor = value.detach().cpu()
-        return tensor.clone() if copy and tensor.data_ptr() == value.data_ptr() else tensor
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Part):
+        return dataclasses.replace(value, tensor=_copied(value.tensor))
     if isinstance(value, Mapping):
-        return {key: _on_cpu(item, copy) for key, item in value.items()}
+        return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_on_cpu(item, copy) for item in value]
+        return [_copied(item) for item in value]
     if isinstance(value, tuple):
-        return tuple(_on_cpu(item, copy) for item in value)
+        return tuple(_copied(item) for item in value)
     return value
 
 
-def _write(path: Path, write: Callable[[_HashedFile], object]) -> dict[str, Any]:
+def _write(path: Path, write: Callable[[Sink], object]) -> dict[str, Any]:
     """Writes one file and flushes it to the disk; returns its size and hash."""
     with open(path, "wb", buffering=_CHUNK) as handle:
         sink = _HashedFile(handle)
         write(sink)
-        if sink.error is not None:
-            raise sink.error
         handle.flush()
         os.fsync(handle.fileno())
     return sink.record()
@@ -415,41 +493,69 @@ def steps(run: Path) -> list[int]:
     return sorted((int(match[1]) for match in matches if match), reverse=True)
 
 
-def load(path: Path) -> Checkpoint:
-    """Reads one checkpoint folder after checking every file against the manifest.
+def describe(path: Path) -> Checkpoint:
+    """Checks every file of one checkpoint folder and reads everything but the tensors' content.
 
     Raises:
-        DamagedCheckpoint: a file is missing, truncated or altered, or holds more than tensors and plain values.
-        UserError: it may not be read, or was written by a newer version of the layout.
+        DamagedCheckpoint: a file is missing, truncated or altered, or is not what this module writes.
+        UserError: it may not be read, or is in another version of the layout.
     """
+    from cast_fast import checkpoint_storage
+
     path = Path(path)
     manifest = _verify(path)
-    state = {}
-    for name in manifest["files"]:
-        if name == CONFIG:
-            continue
-        try:
-            state[name.removesuffix(".pt")] = torch.load(path / name, map_location="cpu", weights_only=True)
-        except OSError as error:
-            raise _unreadable(path, name, error) from error
-        except Exception as error:
-            # With agreeing hashes this is a file that was made so: torch refuses pickles that would run code.
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise DamagedCheckpoint(
-                f"{path.name}/{name}: refused by torch.load(weights_only=True): {reason[0]}"
-            ) from error
-    return Checkpoint(
-        path=path,
-        step=manifest["step"],
-        fingerprint=manifest["fingerprint"],
-        config=json.loads((path / CONFIG).read_bytes()),
-        state=state,
-        versions=manifest["versions"],
-    )
+    try:
+        config = json.loads(_read(path, CONFIG))
+        _require(isinstance(config, dict), "no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path.name}/{CONFIG}: {error}") from error
+    try:
+        content = json.loads(_read(path, STATE))
+        _require(isinstance(content, dict) and set(content) == {"values", "tensors"}, "not a state")
+        entries = checkpoint_storage.parse_entries(content["tensors"], manifest["files"])
+        blank = {name: torch.empty(entry.size, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+        state = checkpoint_storage.decode(content["values"], blank)
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{path.name}/{STATE}: {error}") from error
+    try:
+        checkpoint_storage.check_files(path, entries)
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path.name}/{error}") from error
+    except OSError as error:
+        raise _unreadable(path, "rank-*", error) from error
+    step, fingerprint, found = (manifest[name] for name in ("step", "fingerprint", "versions"))
+    return Checkpoint(path, step, fingerprint, config, state, found, content["values"], entries)
 
 
-def load_last(run: Path, *, set_aside: bool = False) -> Checkpoint | None:
-    """The newest whole checkpoint of a run.
+def read(described: Checkpoint, group: Any = None) -> Checkpoint:
+    """The same checkpoint with its tensors, whole and on the CPU.
+
+    Args:
+        described: from ``describe`` or ``find_last``.
+        group: a gloo process group whose ranks all read the same checkpoint; ``None`` for this process alone.
+
+    Raises:
+        UserError: the disk failed, on this rank or (on rank 0) on another.
+        SystemExit, RuntimeError: as for ``save``.
+    """
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    from cast_fast import checkpoint_storage
+
+    try:
+        tensors = checkpoint_storage.load(described.path, described._entries, group)
+    except CheckpointException as error:
+        _raise_for_rank(error, group, lambda cause: f"cannot read {described.path}: {cause.strerror or cause}")
+    return dataclasses.replace(described, state=checkpoint_storage.decode(described._values, tensors))
+
+
+def load(path: Path) -> Checkpoint:
+    """``describe``, then ``read``, in this process alone."""
+    return read(describe(path))
+
+
+def find_last(run: Path, *, set_aside: bool = False) -> Checkpoint | None:
+    """The newest whole checkpoint of a run, as ``describe`` gives it.
 
     Args:
         run: the run folder.
@@ -468,7 +574,7 @@ def load_last(run: Path, *, set_aside: bool = False) -> Checkpoint | None:
     for step in steps(run):
         path = folder / f"step-{step}"
         try:
-            checkpoint = load(path)
+            checkpoint = describe(path)
         except DamagedCheckpoint as error:
             damaged.append(path)
             reasons.append(str(error))
@@ -486,20 +592,38 @@ def load_last(run: Path, *, set_aside: bool = False) -> Checkpoint | None:
     return None
 
 
+def load_last(run: Path) -> Checkpoint | None:
+    """``find_last``, then ``read``, in this process alone."""
+    found = find_last(run)
+    return None if found is None else read(found)
+
+
+def _require(condition: bool, fault: str) -> None:
+    if not condition:
+        raise ValueError(fault)
+
+
 def _verify(path: Path) -> dict[str, Any]:
     """Checks every file against the manifest and returns it."""
     try:
         manifest = json.loads(_read(path, MANIFEST))
         stated = manifest.pop("sha256")
         computed = _digest(manifest)
-    except (ValueError, AttributeError, KeyError, TypeError) as error:
+        _require(type(manifest["format"]) is int and type(manifest["step"]) is int, "format and step are no integers")
+        _require(isinstance(manifest["fingerprint"], str), "the fingerprint is no string")
+        for name, kind in (("versions", str), ("files", dict)):
+            found = manifest[name]
+            _require(isinstance(found, dict) and all(isinstance(v, kind) for v in found.values()), f"{name}: no dict")
+        if manifest["format"] == FORMAT:
+            _require({STATE, CONFIG} <= manifest["files"].keys(), f"{STATE} or {CONFIG} is not among the files")
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: not a manifest ({error})") from error
     if stated != computed:
         raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: altered (its SHA-256 differs)")
-    if manifest["format"] > FORMAT:
+    if manifest["format"] != FORMAT:
         raise UserError(
             f"{path}: written in format {manifest['format']} by cast_fast {manifest['versions'].get('cast_fast')}, "
-            f"this is {__version__} and reads up to format {FORMAT}"
+            f"this is {__version__} and reads format {FORMAT} alone: expected the version that began the run"
         )
     if path.name != f"step-{manifest['step']}":
         raise DamagedCheckpoint(f"{path.name}: its manifest says step {manifest['step']}")
@@ -507,9 +631,9 @@ def _verify(path: Path) -> dict[str, Any]:
         if Path(name).name != name:
             raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: {name!r} is no plain file name")
         size, digest = _measure(path, name)
-        if size != record["size"]:
-            raise DamagedCheckpoint(f"{path.name}/{name}: {size} bytes, expected {record['size']}")
-        if digest != record["sha256"]:
+        if size != record.get("size"):
+            raise DamagedCheckpoint(f"{path.name}/{name}: {size} bytes, expected {record.get('size')}")
+        if digest != record.get("sha256"):
             raise DamagedCheckpoint(f"{path.name}/{name}: altered (its SHA-256 differs)")
     return manifest
 

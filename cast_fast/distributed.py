@@ -83,6 +83,7 @@ _gather_rows = getattr(dist, "all_gather_single", None) or dist.all_gather_into_
 _scatter_sums = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _host_group: Any = None
+_checkpoint_group: Any = None
 
 
 @contextlib.contextmanager
@@ -95,7 +96,7 @@ def process_group(world: World, device: torch.device, timeout: float) -> Iterato
         timeout: seconds that a collective may last. Then the rank ends with an error: by an exception with gloo, by
             torch's watchdog (SIGABRT) with NCCL.
     """
-    global _host_group
+    global _host_group, _checkpoint_group
     if world.size == 1:
         yield
         return
@@ -108,11 +109,12 @@ def process_group(world: World, device: torch.device, timeout: float) -> Iterato
     else:
         dist.init_process_group("gloo", timeout=limit, **where)
     _host_group = dist.new_group(backend="gloo", timeout=HOST_TIMEOUT)
+    _checkpoint_group = dist.new_group(backend="gloo", timeout=limit)
     RECORD.reset()
     try:
         yield
     finally:
-        _host_group = None
+        _host_group = _checkpoint_group = None
         # A rank that leaves because of an error must not wait for others here: the process is about to end anyway.
         with contextlib.suppress(RuntimeError):
             dist.destroy_process_group()
@@ -178,12 +180,22 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def on_main(work: Callable[[], T], name: str) -> T:
+def checkpoint_group() -> Any:
+    """The process group for saving and reading checkpoints, ``None`` at world size one.
+
+    Nothing else uses it, so that a thread may save while training goes on; its collectives time out as the step's do.
+    """
+    return _checkpoint_group
+
+
+def on_main(work: Callable[[], T], name: str, group: Any = None) -> T:
     """Does something on rank 0 alone, while the others wait, and returns its result on every rank.
 
     Args:
         work: returns something JSON-able; runs on rank 0.
         name: for the record.
+        group: a gloo group of all ranks with a time-out of its own; by default the ranks wait for rank 0 as long as it
+            takes. With a group, which may be a thread's, nothing is recorded.
 
     Raises:
         SystemExit: on the other ranks, where rank 0 failed: it reports the error for all, they leave with its code.
@@ -191,28 +203,65 @@ def on_main(work: Callable[[], T], name: str) -> T:
     if world_size() == 1:
         return work()
     if rank() != 0:
-        message = json.loads(_broadcast_text("", name))
+        message = json.loads(_broadcast_text("", name, group))
         if message["code"] is not None:
             raise SystemExit(message["code"])
         return message["result"]
     try:
         result = work()
     except BaseException as error:
-        code = 2 if isinstance(error, UserError) else getattr(error, "code", 1)
-        _broadcast_text(json.dumps({"code": code}), name)
+        _broadcast_text(json.dumps({"code": _exit_code(error)}), name, group)
         raise
-    _broadcast_text(json.dumps({"code": None, "result": result}), name)
+    _broadcast_text(json.dumps({"code": None, "result": result}), name, group)
     return result
 
 
-def _broadcast_text(text: str, name: str) -> str:
+def together(work: Callable[[], T], name: str) -> T:
+    """Does something on every rank and returns each rank's own result, or fails on all where it fails on one.
+
+    Args:
+        work: runs on every rank; no collectives in it.
+        name: for the record.
+
+    Raises:
+        SystemExit: on ranks that did not fail, where another did. Each failing rank raises its own error, and rank 0
+            says which rank it was.
+    """
+    if world_size() == 1:
+        return work()
+    error, result, message = None, None, None
+    try:
+        result = work()
+    except BaseException as caught:
+        error, message = caught, {"code": _exit_code(caught), "text": f"{type(caught).__name__}: {caught}"}
+    messages: list[Any] = [None] * world_size()
+    with RECORD.collective(name, 0):
+        dist.all_gather_object(messages, message, group=_host_group)
+    if error is not None:
+        raise error
+    failed = [(number, found) for number, found in enumerate(messages) if found is not None]
+    if failed:
+        number, found = failed[0]
+        if rank() == 0:
+            logger.error("%s: rank %d failed: %s", name, number, found["text"])
+        raise SystemExit(found["code"])
+    return result  # pyright: ignore[reportReturnType]
+
+
+def _exit_code(error: BaseException) -> Any:
+    return 2 if isinstance(error, UserError) else getattr(error, "code", 1)
+
+
+def _broadcast_text(text: str, name: str, group: Any = None) -> str:
     data = torch.tensor(list(text.encode()), dtype=torch.uint8)
     length = torch.tensor([len(data)])
-    with RECORD.collective(name, len(data) * (world_size() - 1) if rank() == 0 else 0):
-        dist.broadcast(length, 0, group=_host_group)
+    recorded = RECORD.collective(name, len(data) * (world_size() - 1) if rank() == 0 else 0)
+    with recorded if group is None else contextlib.nullcontext():
+        group = group or _host_group
+        dist.broadcast(length, 0, group=group)
         if rank() != 0:
             data = torch.empty(int(length), dtype=torch.uint8)
-        dist.broadcast(data, 0, group=_host_group)
+        dist.broadcast(data, 0, group=group)
     return bytes(data.tolist()).decode()
 
 

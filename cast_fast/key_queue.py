@@ -3,7 +3,8 @@
 Keys arrive in the order of the samples' positions in the global batch, of which rank r of W has r, W + r, 2W + r, …
 (``data.sampling``). So if each rank keeps the latest of its own keys, ⌈K/W⌉ or ⌊K/W⌋ of them, the ranks together hold
 exactly the K latest keys of all, for any K, and nobody sends a key anywhere. The ranks' oldest-first lists interleave
-to that of the whole queue, which is how a checkpoint holds it: independent of the number of ranks.
+to that of the whole queue: as columns side by side, read row by row, they are it. That is how a checkpoint holds it,
+each rank writing its own column, and why any number of ranks can go on from it.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ class KeyQueue(nn.Module):
 
     It starts as random unit vectors (MoCo, He et al. 2020). K need not be a multiple of the batch: rows wrap around.
     ``keys`` (K, D) and ``pointer`` (0-dimensional int64: the row that is written next) are buffers, so a checkpoint of
-    the module holds the whole queue. After ``shard`` the rows are those of this rank; ``whole`` gives all.
+    the module holds the whole queue. After ``shard`` the rows are those of this rank, which it saves as ``column``.
 
     Args:
         size: K, number of keys.
@@ -52,6 +53,11 @@ class KeyQueue(nn.Module):
     def sharded(self) -> bool:
         """Whether this rank holds a part only."""
         return self._ranks > 1
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """This rank, and how many ranks share the queue."""
+        return self._rank, self._ranks
 
     def shard(self, rank: int, ranks: int, arrived: int = 0) -> None:
         """Keeps only the rows of one rank; the identity for one rank. To be called once, on the same queue everywhere.
@@ -104,17 +110,35 @@ class KeyQueue(nn.Module):
         return keys if len(keys) == rows else torch.cat([keys, keys[:1]])
 
     @torch.no_grad()
-    def whole(self) -> dict[str, Tensor]:
-        """``keys`` (K, D) and ``pointer`` as one process would have them; every rank takes part and gets them."""
-        if self._ranks == 1:
-            return {"keys": self.keys, "pointer": self.pointer}
+    def column(self) -> Tensor:
+        """(⌈K/W⌉, 1, D): this rank's keys, oldest first; a rank with one key fewer gives its oldest twice."""
         rows = -(-self._size // self._ranks)
-        oldest_first = self.keys.roll(-int(self._own_pointer), 0)
-        if len(oldest_first) < rows:
-            oldest_first = torch.cat([oldest_first[:1], oldest_first])
-        every = distributed.all_gather(oldest_first, "queue for a checkpoint").view(self._ranks, rows, -1)
-        oldest_first = every.transpose(0, 1).reshape(self._ranks * rows, -1)[-self._size :]
-        return {"keys": oldest_first.roll(int(self.pointer), 0), "pointer": self.pointer}
+        pointer = self.pointer if self._ranks == 1 else self._own_pointer
+        oldest_first = self.keys.roll(-int(pointer), 0)
+        return (oldest_first if len(oldest_first) == rows else torch.cat([oldest_first[:1], oldest_first]))[:, None]
+
+    @torch.no_grad()
+    def restore(self, columns: Tensor, pointer: Tensor) -> None:
+        """Takes over the whole queue that any number of ranks saved; ``shard`` may follow.
+
+        Args:
+            columns: (⌈K/W⌉, W, D): ``column`` of W ranks side by side.
+            pointer: 0-dimensional, the ``pointer`` of any of them.
+
+        Raises:
+            ValueError: the shapes are those of another queue, or this one is shared out already.
+        """
+        rows, ranks, dim = columns.shape if columns.dim() == 3 else (0, 1, 0)
+        fits = dim == self.keys.shape[1] and rows == -(-self._size // ranks) and pointer.dim() == 0
+        if self.sharded or not fits:
+            raise ValueError(
+                f"queue: got {tuple(columns.shape)} for {self._size} keys of length {self.keys.shape[1]} on "
+                f"{self._ranks} ranks, expected (⌈keys/ranks⌉, ranks, length), before shard"
+            )
+        # Where ranks have one key fewer, what they gave twice comes first.
+        oldest_first = columns.flatten(0, 1)[-self._size :]
+        self.keys.copy_(oldest_first.roll(int(pointer), 0))
+        self.pointer.copy_(pointer)
 
     @torch.no_grad()
     def enqueue(self, keys: Tensor, gate: Tensor | None = None) -> None:

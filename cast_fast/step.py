@@ -240,6 +240,10 @@ class TrainStep:
             empty_key_mask,
         )
 
+    def abstain(self) -> None:
+        """From now on this process puts NaN in place of its crops: no rank changes anything, and none has to wait."""
+        self._shift.fill_(torch.nan)
+
     def _take(self, batch: Batch, lr: float, ranks: ParallelLosses, report: Tensor | None) -> StepMetrics:
         """The step on many ranks: the same, but that losses and counts are those of the global batch."""
         losses, keys, empty_key_mask = ranks(batch, self.number)

@@ -18,9 +18,10 @@ same bits in every tensor and in metrics.csv. SIGINT, SIGTERM and SIGUSR1 end it
 checkpoint and exit code 75, so that a scheduler knows it for unfinished.
 
 Under torchrun every rank runs this module. Rank 0 does what is to be done once: it checks the run folder, decodes the
-dataset ahead of the others, writes metrics and checkpoints. A checkpoint does not know how many ranks wrote it; any
-number with the same global batch continues it. A signal to any rank travels with the metrics of the next step, so that
-all stop after the same one.
+dataset ahead of the others, and writes metrics. Checkpoints are written by all ranks, and any number of them with the
+same global batch continues from one. A signal to any rank travels with the metrics of the next step, so that all stop
+after the same one. A rank whose loader gives up says so in the same way, and until all know it takes part with numbers
+that are none, which make every rank leave everything as it is; then all save what they had before.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ from cast_fast import checkpoint, distributed
 from cast_fast.accelerators import build_sgd
 from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args, differing_fields, flag
 from cast_fast.data import layout, sampling, shards
-from cast_fast.data.batch import Batch
+from cast_fast.data.batch import Batch, random_batch
 from cast_fast.data.saliency_crop import CropRule
 from cast_fast.doctor import dali_fault
 from cast_fast.encoder import cam_grid
@@ -165,18 +166,24 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
             _check_run_folder(run, config, world.size)
             if locked := run.is_dir():
                 stack.enter_context(_locked(run))
-            saved = checkpoint.load_last(run, set_aside=True) if config.resume else None
+            saved = checkpoint.find_last(run, set_aside=True) if config.resume else None
             if saved is not None:
                 _require_same_config(saved.config, saved.state["progress"], config, world.size, str(saved.path))
             dataset = _load_dataset(config)
             return None if saved is None else saved.step, dataset.fingerprint()
 
         step, fingerprint = distributed.on_main(prepare, "preparation by rank 0")
-        if not world.is_main:
-            saved = None if step is None else _load_like_main(run, step)
+
+        def follow() -> None:
+            nonlocal saved, dataset
+            if world.is_main:
+                return
+            saved = None if step is None else _describe_like_main(run, step)
             dataset = _load_dataset(config)  # rank 0 has decoded every file: this reads its manifest
             if dataset.fingerprint() != fingerprint:
                 raise UserError(f"rank {world.rank} sees another dataset than rank 0: expected the same files")
+
+        distributed.together(follow, "preparation by the other ranks")
         assert dataset is not None
         order = sampling.GlobalOrder(len(dataset.samples), config.seed, config.batch, world.rank, world.size)
         total = config.steps or (config.epochs or 0) * order.steps_per_epoch
@@ -193,6 +200,8 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         optimizer, chosen = build_sgd(
             model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay, apex=config.apex
         )
+        if saved is not None:
+            saved = checkpoint.read(saved, distributed.checkpoint_group())
         trainer = _Trainer(config, world, device, kernels, dataset, model, optimizer, chosen, total, saved)
         del saved  # a copy of the whole state
 
@@ -225,9 +234,9 @@ def _quiet_unless(main: bool) -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _load_like_main(run: Path, step: int) -> checkpoint.Checkpoint:
+def _describe_like_main(run: Path, step: int) -> checkpoint.Checkpoint:
     try:
-        return checkpoint.load(run / checkpoint.FOLDER / f"step-{step}")
+        return checkpoint.describe(run / checkpoint.FOLDER / f"step-{step}")
     except checkpoint.DamagedCheckpoint as error:
         raise UserError(f"--out: rank 0 resumes {run} from step {step}, but here: {error}; is it shared?") from error
 
@@ -419,10 +428,17 @@ class _Trainer:
         self.saver = checkpoint.BackgroundSaver()
         self.rank_stopped = False
         """Whether some rank has got a signal, as told by a step's metrics; the same on every rank."""
+        self.loader_fault: UserError | None = None
+        """Why this rank's loader gave up."""
+        self.last_good_step: int | None = None
+        """The step before some rank's loader gave up, as told by a step's metrics; nothing has changed since."""
+        self.failed_rank = ""
+        """Which rank it was, for messages."""
         nonfinite = {"in_a_row": 0, "total": 0}
         if saved is not None:
             self.first_step = self.step = self.saved_step = saved.step
-            model.load_state_dict(saved.state["model"])
+            model.load_state_dict({**model.state_dict(), **saved.state["model"]})
+            model.queue.restore(**saved.state["queue"])
             optimizer.load_state_dict(saved.state["optimizer"])
             _set_random_state(saved.state["random"])
             nonfinite = saved.state["progress"]["nonfinite"]
@@ -433,11 +449,22 @@ class _Trainer:
         self.nonfinite = _NonFinite(config.max_nonfinite, **nonfinite)
 
     def state(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on; on many ranks, which all take part, the same on each."""
-        queue = {f"queue.{name}": value for name, value in self.model.queue.whole().items()}
-        return {
-            "model": {**self.model.state_dict(), **queue},
+        """Everything that the rest of the run depends on; on many ranks this rank's share of it."""
+        queue = self.model.queue
+        column = queue.column()
+        rank, ranks = queue.place
+        shared = {
+            "model": {name: value for name, value in self.model.state_dict().items() if not name.startswith("queue.")},
             "optimizer": self.optimizer.state_dict(),
+            "queue": {
+                "columns": checkpoint.Part(column, (0, rank, 0), (len(column), ranks, column.shape[2])),
+                "pointer": queue.pointer,
+            },
+        }
+        if not self.world.is_main:
+            return shared
+        return {
+            **shared,
             "loader": {"step": self.step, "length": len(self.dataset.samples), "dataset": self.fingerprint},
             "random": _random_state(),
             "progress": {
@@ -592,12 +619,17 @@ class _Trainer:
             clock.start_waiting()
             try:
                 batch = next(loader)
-            except UserError:
-                # The data failed, not the model: what was learned is kept. On many ranks the others are on their way
-                # into the step, and this one cannot save alone.
+            except UserError as error:
+                # The data failed, not the model: what was learned is kept.
                 if not many:
                     self.save(metrics, display)
-                raise
+                    raise
+                # The others are on their way into the step: this rank goes along, until they know.
+                if self.loader_fault is None:
+                    logger.error("rank %d: %s", self.world.rank, error)
+                    self.loader_fault = error
+                    train_step.abstain()
+                batch = random_batch(config.batch, config.size, grid, self.device, attention=config.attention_loss)
             clock.stop_waiting()
             lr = cosine_lr(config.lr, global_batch, self.step, self.total_steps)
             host = _host(lr, batch)
@@ -618,6 +650,10 @@ class _Trainer:
             if self.step % config.checkpoint_every == 0:
                 self.save(metrics, display, background=config.async_save)
         self.save(metrics, display)
+        if self.loader_fault is not None:
+            raise self.loader_fault
+        if self.last_good_step is not None:
+            raise UserError(f"the loader of {self.failed_rank} gave up, see its message; step {self.step} is saved")
         if self.nonfinite.too_many:
             raise UserError(self.nonfinite.message(self.run))
         if self.step < self.total_steps:
@@ -631,8 +667,13 @@ class _Trainer:
         """What the host learns about steps, a step or two after them."""
         for reading in readings:
             if self.world.size > 1:
-                stopped, *bad = reading.extra
-                self.rank_stopped = self.rank_stopped or stopped > 0
+                stopped, failed, ranks, *bad = reading.extra
+                self.rank_stopped = self.rank_stopped or stopped > 0 or failed > 0
+                if failed and self.last_good_step is None:
+                    self.last_good_step = reading.step - 1
+                    self.failed_rank = f"rank {ranks:.0f}" if failed == 1 else f"{failed:.0f} ranks"
+                if self.last_good_step is not None:
+                    continue
                 if not reading.finite:
                     reading = dataclasses.replace(reading, index=self.samples_of(reading.step, bad))
             self.nonfinite.note(reading)
@@ -646,8 +687,10 @@ class _Trainer:
         return torch.from_numpy(np.concatenate([order.at(step - 1)[0] for order in orders]))
 
     def report(self, signals: _Signals, host: tuple[float, int | None, int | None]) -> Tensor:
-        """What this rank adds to the sums over ranks: whether it got a signal, and its fallback windows."""
-        numbers = torch.tensor([float(signals.received is not None), *(float(value or 0) for value in host[1:])])
+        """What this rank adds to the sums over ranks: a signal, a failed loader (and whose), its fallback windows."""
+        failed = self.loader_fault is not None
+        told = (signals.received is not None, failed, failed * self.world.rank)
+        numbers = torch.tensor([float(value or 0) for value in (*told, *host[1:])])
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
         return numbers.to(self.device, non_blocking=True)
@@ -659,37 +702,35 @@ class _Trainer:
         """The same summed over ranks: ``HOST_SCALARS``, and what ``take`` wants to know beside."""
         report = train_step.rank_report
         assert report is not None
-        known = (host[0], *(None if value is None else total for value, total in zip(host[1:], report.sums[1:])))
-        return known, torch.cat([report.sums[:1], report.bad_ranks])
+        known = (host[0], *(None if value is None else total for value, total in zip(host[1:], report.sums[3:])))
+        return known, torch.cat([report.sums[:3], report.bad_ranks])
 
     def save(self, metrics: Metrics, display: _Display, *, background: bool = False) -> None:
-        """Reads what is still on its way, then writes a checkpoint, unless this step has one.
+        """Reads what is still on its way, then writes a checkpoint, unless this step has one; all ranks take part.
 
         With ``background`` it may still be on its way to the disk when this returns; the next call waits for it.
         """
         self.take(metrics.read(everything=True), display)
         metrics.sync()
+        if self.last_good_step is not None:
+            self.step = self.last_good_step
         if self.saved_step == self.step:
             self.saver.wait()
             return
-        state = self.state()
-        settings: dict[str, Any] = {
-            "config": self.config.to_json(),
-            "fingerprint": self.config.fingerprint(),
-            "keep": self.config.keep_checkpoints,
-        }
-
-        def write() -> None:
+        save = self.saver.save
+        if not background:
             self.saver.wait()
-            checkpoint.save(self.run, self.step, state, **settings)
-
-        if background:
-            if self.world.is_main:
-                self.saver.save(self.run, self.step, state, **settings)
-            self.saved_step = self.step
-            return
-        # The others wait: when one process ends, torchrun ends all, and rank 0 must not be in the middle of it.
-        distributed.on_main(write, "checkpoint by rank 0")
+            save = checkpoint.save
+        with distributed.RECORD.collective("checkpoint", 0) if self.world.size > 1 else contextlib.nullcontext():
+            save(
+                self.run,
+                self.step,
+                self.state(),
+                config=self.config.to_json(),
+                fingerprint=self.config.fingerprint(),
+                keep=self.config.keep_checkpoints,
+                group=distributed.checkpoint_group(),
+            )
         self.saved_step = self.step
 
 

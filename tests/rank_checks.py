@@ -234,7 +234,11 @@ def trajectory(case: Case, world: World, reference_ranks: int = 0) -> dict[str, 
 def state_of(model: MoCo, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """Every tensor of a checkpoint."""
     state = {name: value.clone() for name, value in model.state_dict().items() if not name.startswith("queue.")}
-    state.update({f"queue.{name}": value.clone() for name, value in model.queue.whole().items()})
+    # (ranks, rows, D) → the columns of the whole queue, side by side.
+    columns = distributed.all_gather(model.queue.column().transpose(0, 1).contiguous(), "queue").transpose(0, 1)
+    oldest_first = columns.flatten(0, 1)[-len(model.queue) :]
+    state["queue.keys"] = oldest_first.roll(int(model.queue.pointer), 0)
+    state["queue.pointer"] = model.queue.pointer.clone()
     for number, entry in optimizer.state_dict()["state"].items():
         state[f"momentum.{number}"] = entry["momentum_buffer"].clone()
     return state

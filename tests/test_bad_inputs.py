@@ -206,11 +206,11 @@ def test_resume_on_another_dataset(data: Path, run: Path, capfd: pytest.CaptureF
 
 def test_every_checkpoint_corrupt(scenes: Path, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
     for step in checkpoint.steps(run):
-        flip(run / "checkpoints" / f"step-{step}" / "model.pt")
+        flip(run / "checkpoints" / f"step-{step}" / "rank-0.safetensors")
     before = contents(run)
     line = refused(capfd, command_line(settings(scenes, run), "--resume"))
     assert "no whole checkpoint in" in line
-    assert all(f"step-{step}/model.pt: altered" in line for step in (2, 4, 6))
+    assert all(f"step-{step}/rank-0.safetensors: altered" in line for step in (2, 4, 6))
     assert contents(run) == before
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import logging
 import os
@@ -82,9 +83,13 @@ def test_round_trip(tmp_path: Path) -> None:
     assert names(tmp_path) == {"step-7", "last"}
 
 
-def test_tensors_keep_their_memory_format(tmp_path: Path) -> None:
-    loaded = checkpoint.load(save(tmp_path, 7))
-    assert loaded.state["model"]["conv"].is_contiguous(memory_format=torch.channels_last)
+def test_description_reads_no_tensor(tmp_path: Path) -> None:
+    path = save(tmp_path, 7)
+    found = checkpoint.describe(path)
+    assert found.state["progress"] == state_of(7)["progress"] and found.config == CONFIG
+    weight = found.state["model"]["weight"]
+    assert weight.device.type == "meta" and weight.shape == (3, 4) and weight.dtype == torch.float32
+    assert_equal_states(checkpoint.read(found).state, state_of(7))
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
@@ -108,16 +113,42 @@ def test_saving_a_saved_step_again_leaves_it(tmp_path: Path) -> None:
 
 def test_saving_over_a_damaged_step_sets_it_aside(tmp_path: Path) -> None:
     path = save(tmp_path, 5)
-    (path / "model.pt").write_bytes(b"")
+    (path / "rank-0.safetensors").write_bytes(b"")
     assert checkpoint.load(save(tmp_path, 5)).step == 5
     assert names(tmp_path) == {"step-5", "step-5.damaged", "last"}
 
 
-@pytest.mark.parametrize(("step", "keep", "name"), [(-1, 1, "a"), (1, 0, "a"), (1, 1, "../a"), (1, 1, "")])
-def test_refuses_nonsense(tmp_path: Path, step: int, keep: int, name: str) -> None:
-    with pytest.raises(ValueError, match="expected"):
-        checkpoint.save(tmp_path, step, {name: 1}, config={}, fingerprint="f", keep=keep)
+@pytest.mark.parametrize(
+    ("step", "keep", "state"),
+    [
+        (-1, 1, {}),
+        (1, 0, {}),
+        (1, 1, {"a": {1, 2}}),
+        (1, 1, {"a": object()}),
+        (1, 1, {"a": torch.zeros(2, dtype=torch.complex64)}),
+        (1, 1, {"a": {1: torch.zeros(1), "1": torch.zeros(1)}}),
+    ],
+)
+def test_refuses_nonsense(tmp_path: Path, step: int, keep: int, state: Any) -> None:
+    with pytest.raises(ValueError, match=r"expected|two tensors"):
+        checkpoint.save(tmp_path, step, state, config={}, fingerprint="f", keep=keep)
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
+    state = {
+        "numbers": [0.1, 1e-320, float("inf"), -0.0, 2**70, True, False, None],
+        "keys": {0: "a", None: "b", (1, "x"): "c", "!tensor": "d"},
+        "nested": ({"a": [(), {}, []]}, random.Random(3).getstate()),
+        "text": "ä\n\u0000",
+        "dtypes": [torch.ones(3).to(dtype) for dtype in (torch.bfloat16, torch.float16, torch.float64, torch.bool)],
+        "empty": torch.zeros(0, 3),
+        "nothing": torch.tensor(7),
+        "slice": torch.arange(12).view(3, 4)[:, 1:3].t(),
+    }
+    found = checkpoint.load(checkpoint.save(tmp_path, 1, state, config={}, fingerprint="f", keep=1)).state
+    assert_equal_states(found, state)
+    assert str(found["numbers"][3]) == "-0.0" and found["slice"].is_contiguous()
 
 
 def test_estimate_bounds_the_size_and_counts_shared_storage_once(tmp_path: Path) -> None:
@@ -147,7 +178,7 @@ def truncate(path: Path) -> None:
 DAMAGES = {"flipped": flip, "truncated": truncate, "missing": Path.unlink, "empty": lambda path: path.write_bytes(b"")}
 
 
-@pytest.mark.parametrize("name", ["model.pt", "progress.pt", "config.json", "manifest.json"])
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "state.json", "config.json", "manifest.json"])
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_named_and_the_previous_checkpoint_used(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: str
@@ -182,8 +213,8 @@ def test_damaged_ones_are_set_aside_and_do_not_push_out_whole_ones(tmp_path: Pat
     for step in (1, 2, 3):
         save(tmp_path, step)
     for step in (2, 3):
-        truncate(tmp_path / "checkpoints" / f"step-{step}" / "model.pt")
-    loaded = checkpoint.load_last(tmp_path, set_aside=True)
+        truncate(tmp_path / "checkpoints" / f"step-{step}" / "rank-0.safetensors")
+    loaded = checkpoint.find_last(tmp_path, set_aside=True)
     assert loaded is not None and loaded.step == 1
     assert names(tmp_path) == {"step-1", "step-2.damaged", "step-3.damaged", "last"}
     save(tmp_path, 2, keep=2)
@@ -199,9 +230,9 @@ def test_pruning_never_counts_later_steps(tmp_path: Path) -> None:
 
 def test_all_damaged_is_an_error_that_names_each_and_changes_nothing(tmp_path: Path) -> None:
     for step in (1, 2):
-        truncate(save(tmp_path, step) / "model.pt")
-    with pytest.raises(UserError, match=r"no whole checkpoint.*step-2/model\.pt.*step-1/model\.pt"):
-        checkpoint.load_last(tmp_path, set_aside=True)
+        truncate(save(tmp_path, step) / "rank-0.safetensors")
+    with pytest.raises(UserError, match=r"no whole checkpoint.*step-2/rank-0\.safetensors.*step-1/rank-0\.safetensors"):
+        checkpoint.find_last(tmp_path, set_aside=True)
     assert names(tmp_path) == {"step-1", "step-2", "last"}
 
 
@@ -224,10 +255,11 @@ def rewrite_manifest(path: Path, **changes: Any) -> None:
     (path / "manifest.json").write_text(json.dumps(manifest))
 
 
-def test_newer_format_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("version", [1, checkpoint.FORMAT + 1])
+def test_other_formats_are_refused(tmp_path: Path, version: int) -> None:
     path = save(tmp_path, 1)
-    rewrite_manifest(path, format=checkpoint.FORMAT + 1)
-    with pytest.raises(UserError, match="format 2"):
+    rewrite_manifest(path, format=version)
+    with pytest.raises(UserError, match=f"written in format {version} .* reads format 2 alone"):
         checkpoint.load_last(tmp_path)
 
 
@@ -241,30 +273,126 @@ class Harm:
         return (Path.touch, (self.target,))
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("name", ["rank-0.safetensors", "state.json", "config.json", "manifest.json"])
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
-def test_crafted_pickle_runs_no_code(tmp_path: Path, writer: str) -> None:
+def test_crafted_pickle_runs_no_code(tmp_path: Path, writer: str, name: str) -> None:
+    """In place of any file, with hashes that agree; and where torch.distributed.checkpoint would look for one."""
     target = tmp_path / "harm"
     save(tmp_path, 1)
     path = save(tmp_path, 2)
+    (path / ".metadata").write_bytes(pickle.dumps(Harm(target)))
     if writer == "torch":
-        torch.save(Harm(target), path / "model.pt")
+        torch.save(Harm(target), path / name)
     else:
-        (path / "model.pt").write_bytes(pickle.dumps(Harm(target)))
-    rewrite_manifest(path)
-    with pytest.raises(checkpoint.DamagedCheckpoint, match="refused"):
+        (path / name).write_bytes(pickle.dumps(Harm(target)))
+    if name != "manifest.json":
+        rewrite_manifest(path)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=re.escape(f"step-2/{name}: ")):
         checkpoint.load(path)
     loaded = checkpoint.load_last(tmp_path)
     assert loaded is not None and loaded.step == 1
     assert not target.exists()
     if writer == "torch":  # the same file does harm without weights_only
-        torch.load(path / "model.pt", weights_only=False)
+        torch.load(io.BytesIO((path / name).read_bytes()), weights_only=False)
         assert target.exists()
+
+
+def pickled(content: dict[str, Any], target: Path) -> Any:
+    content["values"]["progress"]["name"] = pickle.dumps(Harm(target), protocol=0).decode()
+    return content
+
+
+CRAFTED: dict[str, Any] = {
+    "no object": lambda content: [content],
+    "another key": lambda content: {**content, "code": 1},
+    "unknown tag": lambda content: {**content, "values": {"!reduce": ["os.system", "true"]}},
+    "two tags": lambda content: {**content, "values": {"!tuple": [], "!pairs": []}},
+    "tag and key": lambda content: {**content, "values": {"!tuple": [], "a": 1}},
+    "unknown tensor": lambda content: {**content, "values": {"!tensor": "model/other"}},
+    "unhashable key": lambda content: {**content, "values": {"!pairs": [[[], 1]]}},
+    "no pair": lambda content: {**content, "values": {"!pairs": [[1]]}},
+    "tensors": lambda content: {**content, "tensors": []},
+}
+CRAFTED_ENTRIES: dict[str, Any] = {
+    "dtype": {"dtype": "PICKLE"},
+    "negative size": {"size": [-3, -4]},
+    "huge size": {"size": [3, 4_000_000_000_000]},
+    "float size": {"size": [3.0, 4]},
+    "true size": {"size": [True, 12]},
+    "no chunks": {"chunks": []},
+    "text": {"chunks": "abc"},
+    "elsewhere": {"chunks": [{"file": "../../rank-0.safetensors", "offsets": [0, 0], "sizes": [3, 4]}]},
+    "json": {"chunks": [{"file": "state.json", "offsets": [0, 0], "sizes": [3, 4]}]},
+    "list": {"chunks": [{"file": ["rank-0.safetensors"], "offsets": [0, 0], "sizes": [3, 4]}]},
+    "outside": {"chunks": [{"file": "rank-0.safetensors", "offsets": [1, 0], "sizes": [3, 4]}]},
+    "dimensions": {"chunks": [{"file": "rank-0.safetensors", "offsets": [0], "sizes": [12]}]},
+    "hole": {"chunks": [{"file": "rank-0.safetensors", "offsets": [0, 0], "sizes": [3, 3]}]},
+    "overlap": {
+        "chunks": [{"file": "rank-0.safetensors", "offsets": [0, y], "sizes": [3, 2]} for y in (0, 1)],
+    },
+    "other shape": {"size": [4, 3], "chunks": [{"file": "rank-0.safetensors", "offsets": [0, 0], "sizes": [4, 3]}]},
+    "other type": {"dtype": "I32"},
+}
+
+
+@pytest.mark.parametrize("case", [*CRAFTED, *CRAFTED_ENTRIES])
+def test_crafted_state_is_refused(tmp_path: Path, case: str) -> None:
+    """Hashes agree, yet nothing of it is believed."""
+    path = save(tmp_path, 1)
+    content = json.loads((path / "state.json").read_text())
+    if case in CRAFTED:
+        content = CRAFTED[case](content)
+    else:
+        content["tensors"]["model/weight"].update(CRAFTED_ENTRIES[case])
+    (path / "state.json").write_text(json.dumps(content))
+    rewrite_manifest(path)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=r"step-1/(state\.json|rank-0\.safetensors): "):
+        checkpoint.load(path)
+
+
+def test_a_pickle_as_text_stays_text(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    content = pickled(json.loads((path / "state.json").read_text()), tmp_path / "harm")
+    (path / "state.json").write_text(json.dumps(content))
+    rewrite_manifest(path)
+    assert "Path" in checkpoint.load(path).state["progress"]["name"] and not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"a":' * 100_000, "nul", "\xff"])
+def test_text_that_is_no_json(tmp_path: Path, text: str) -> None:
+    path = save(tmp_path, 1)
+    for name in ("state.json", "config.json"):
+        before = (path / name).read_bytes()
+        (path / name).write_text(text, encoding="latin-1")
+        rewrite_manifest(path)
+        with pytest.raises(checkpoint.DamagedCheckpoint, match=name):
+            checkpoint.load(path)
+        (path / name).write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"files": {"../outside.pt": {"sha256": "0", "size": 0}}}, "is not among the files"),
+        ({"files": [1]}, "files"),
+        ({"files": {"state.json": 3}}, "files"),
+        ({"step": "1"}, "no integers"),
+        ({"format": None}, "no integers"),
+        ({"fingerprint": 3}, "fingerprint"),
+        ({"versions": {"torch": {}}}, "versions"),
+    ],
+)
+def test_crafted_manifest_is_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    path = save(tmp_path, 1)
+    rewrite_manifest(path, **changes)
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=f"step-1/manifest.json: .*{message}"):
+        checkpoint.load(path)
 
 
 def test_manifest_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
-    rewrite_manifest(path, files={"../outside.pt": {"sha256": "0", "size": 0}})
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    rewrite_manifest(path, files={**files, "../outside.pt": {"sha256": "0", "size": 0}})
     with pytest.raises(checkpoint.DamagedCheckpoint, match="no plain file name"):
         checkpoint.load(path)
 
@@ -482,7 +610,6 @@ def test_background_save_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest
     saved = checkpoint.load(tmp_path / "checkpoints" / "step-3").state["model"]
     assert torch.equal(saved["w"], torch.arange(6.0).view(2, 3)) and torch.equal(saved["n"][1][0], saved["w"])
     assert torch.equal(saved["c"], torch.arange(24.0).view(1, 2, 3, 4))
-    assert saved["c"].is_contiguous(memory_format=torch.channels_last)
 
     def full(*_: Any) -> dict[str, Any]:
         raise OSError(errno.ENOSPC, "full")

@@ -72,3 +72,50 @@ def test_callers_mistakes() -> None:
         queue.enqueue(torch.randn(2, 4))
     with pytest.raises(ValueError, match="size 0"):
         KeyQueue(0, 3)
+
+
+@pytest.mark.parametrize("saved_on", [1, 2, 3, 4])
+@pytest.mark.parametrize("resumed_on", [1, 2, 3, 5])
+@pytest.mark.parametrize("size", [7, 12])
+def test_any_number_of_ranks_goes_on_from_any_other(size: int, saved_on: int, resumed_on: int) -> None:
+    """The columns of the ranks are the whole queue, in order and to the bit; also in each rank's rows."""
+
+    def shards(queue: KeyQueue, ranks: int, arrived: int) -> list[KeyQueue]:
+        parts = []
+        for rank in range(ranks):
+            part = KeyQueue(size, 3)
+            part.load_state_dict(queue.state_dict())
+            part.shard(rank, ranks, arrived)
+            assert part.place == (rank, ranks)
+            parts.append(part)
+        return parts
+
+    def restored(parts: list[KeyQueue]) -> KeyQueue:
+        queue = KeyQueue(size, 3, torch.Generator().manual_seed(9))
+        queue.restore(torch.cat([part.column() for part in parts], dim=1), parts[-1].pointer)
+        return queue
+
+    one = KeyQueue(size, 3)
+    parts = shards(one, saved_on, 0)
+    keys = torch.randn(5, saved_on, 3, generator=torch.Generator().manual_seed(size))
+    for arrived in keys:
+        one.enqueue(arrived)
+        for rank, part in enumerate(parts):
+            part.enqueue(arrived[rank : rank + 1])
+    again = restored(parts)
+    assert torch.equal(again.keys, one.keys) and torch.equal(again.pointer, one.pointer)
+    resumed = shards(again, resumed_on, 5 * saved_on)
+    assert torch.equal(restored(resumed).keys, one.keys)
+    if resumed_on == saved_on:
+        for part, other in zip(parts, resumed):
+            assert torch.equal(part.keys, other.keys)
+
+
+def test_restoring_another_queue_is_refused() -> None:
+    queue = KeyQueue(7, 3)
+    for shape in ((7, 3), (7, 1, 4), (3, 2, 3), (7, 2, 3)):
+        with pytest.raises(ValueError, match=r"queue: got \(.*expected"):
+            queue.restore(torch.zeros(shape), torch.tensor(0))
+    queue.shard(0, 2)
+    with pytest.raises(ValueError, match="before shard"):
+        queue.restore(torch.zeros(7, 1, 3), torch.tensor(0))

@@ -126,8 +126,7 @@ def assert_same_run(run: Path, reference: Path) -> None:
 
 
 def oldest_first(saved: checkpoint.Checkpoint) -> torch.Tensor:
-    keys, pointer = (saved.state["model"][f"queue.{name}"] for name in ("keys", "pointer"))
-    return keys.roll(-int(pointer), 0)
+    return saved.state["queue"]["columns"].flatten(0, 1)[-19:]
 
 
 # Whole runs
@@ -145,7 +144,11 @@ def test_two_ranks_leave_one_run_folder(undisturbed: tuple[Path, list[dict[str, 
     assert all(int(float(row["cast_samples"])) + int(float(row["empty_key_mask"])) == GLOBAL_BATCH for row in table)
     assert float(table[0]["lr"]) == pytest.approx(0.5 * GLOBAL_BATCH / 256)
     assert checkpoint.steps(run) == [8, 6, 4, 2]
-    assert int(last(run).state["model"]["queue.pointer"]) == TOTAL * GLOBAL_BATCH % 19
+    saved = last(run)
+    assert int(saved.state["queue"]["pointer"]) == TOTAL * GLOBAL_BATCH % 19
+    assert saved.state["queue"]["columns"].shape == (10, 2, 8)
+    files = {path.name for path in saved.path.iterdir()}
+    assert files == {"rank-0.safetensors", "rank-1.safetensors", "state.json", "config.json", "manifest.json"}
     (start,) = json.loads((run / "config.json").read_text())["starts"]
     assert start["processes"] == 2
     beats = [json.loads((run / "heartbeats" / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
@@ -188,7 +191,7 @@ def test_other_numbers_of_ranks_continue_the_run(scenes: Path, tmp_path: Path) -
         found = last(run)
         # Float32, four steps: a wrong sample or key would show in the first digit.
         torch.testing.assert_close(oldest_first(found), oldest_first(expected), rtol=0, atol=1e-4)
-        assert found.state["model"]["queue.pointer"] == expected.state["model"]["queue.pointer"]
+        assert found.state["queue"]["pointer"] == expected.state["queue"]["pointer"]
         for name, value in expected.state["model"].items():
             torch.testing.assert_close(found.state["model"][name], value, rtol=1e-3, atol=1e-4)
         for row, other in zip(table, rows(run / "metrics.csv")):

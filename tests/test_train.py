@@ -161,10 +161,11 @@ def test_run_folder(undisturbed: Path, scenes: Path) -> None:
 def test_checkpoint_holds_everything(undisturbed: Path) -> None:
     saved = checkpoint.load_last(undisturbed)
     assert saved is not None
-    assert set(saved.state) == {"model", "optimizer", "loader", "random", "progress"}
+    assert set(saved.state) == {"model", "optimizer", "queue", "loader", "random", "progress"}
     names = set(saved.state["model"])
-    assert {"queue.keys", "queue.pointer", "query.trunk.conv1.weight", "key.trunk.conv1.weight"} <= names
-    assert int(saved.state["model"]["queue.pointer"]) == TOTAL * 4 % 18
+    assert {"query.trunk.conv1.weight", "key.trunk.conv1.weight"} <= names
+    assert int(saved.state["queue"]["pointer"]) == TOTAL * 4 % 18
+    assert saved.state["queue"]["columns"].shape == (18, 1, 16)
     buffers = [state["momentum_buffer"] for state in saved.state["optimizer"]["state"].values()]
     assert len(buffers) > 60 and all(buffer.abs().sum() > 0 for buffer in buffers)
     assert saved.state["loader"]["step"] == TOTAL
@@ -287,7 +288,7 @@ KILLED_SAVE = """
     # Dies in the middle of writing the second checkpoint: some files are there, none is renamed.
     name, original = sys.argv[1], checkpoint._write
     def write(path, *arguments):
-        if "step-4" in str(path) and path.name == name:
+        if "step-4" in str(path) and path.name == name:  # in a temporary folder
             path.write_bytes(b"half a file")
             os.kill(os.getpid(), signal.SIGKILL)
         return original(path, *arguments)
@@ -299,7 +300,7 @@ PLAIN = "import sys; from cast_fast import cli; sys.exit(cli.main(sys.argv[1:]))
 
 @pytest.mark.parametrize(
     ("code", "argument", "left"),
-    [(KILLED_STEP, "5", 4), (KILLED_SAVE, "optimizer.pt", 2)],
+    [(KILLED_STEP, "5", 4), (KILLED_SAVE, "state.json", 2)],
     ids=["in-a-step", "in-a-save"],
 )
 def test_sigkill_and_resume_is_bitwise(
@@ -337,13 +338,13 @@ def test_damaged_newest_checkpoint_costs_only_its_steps(
     undisturbed: Path, scenes: Path, run: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     shutil.copytree(undisturbed, run)
-    path = run / "checkpoints" / "step-6" / "model.pt"
+    path = run / "checkpoints" / "step-6" / "rank-0.safetensors"
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     with caplog.at_level(logging.WARNING, logger="cast_fast"):
         assert train.pretrain(settings(scenes, run, resume=True)).finished
-    assert "DAMAGED CHECKPOINT: step-6/model.pt" in caplog.text and "going back to step 4" in caplog.text
+    assert "DAMAGED CHECKPOINT: step-6/rank-0.safetensors" in caplog.text and "going back to step 4" in caplog.text
     assert_same_run(run, undisturbed)
     assert (run / "checkpoints" / "step-6.damaged").is_dir()
 
