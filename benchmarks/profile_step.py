@@ -32,8 +32,10 @@ from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
 from cast_fast.errors import UserError
 
 KINDS: tuple[tuple[str, str], ...] = (
+    ("loss", r"^_(row|wide|partials|combine)_kernel"),
     ("loss", r"gradcam|info_?nce|cosine|logsumexp|log_softmax|nll_loss|cross_entropy"),
     ("convolution", r"conv|fprop|dgrad|wgrad|implicit_gemm|winograd|cudnn.*(gemm|nhwc|nchw)|xmma|im2col"),
+    ("BatchNorm", r"^_(statistics|apply|(relu|add)_reduce|input_gradients?|relu_pool\w*|combine_\w+)_kernel"),
     ("BatchNorm", r"batch_?norm|bn_fw|bn_bw|native_batch|var_mean|welford"),
     ("optimizer", r"multi_tensor|foreach|fused_sgd|sgd|lerp|clip_grad"),
     ("matmul", r"gemm|cublas|cutlass|addmm|\bmm\b|\bbmm\b|matmul|gemv"),
@@ -42,7 +44,8 @@ KINDS: tuple[tuple[str, str], ...] = (
     ("elementwise", r"elementwise|pointwise|triton_poi|vectorized|relu|add|mul|sub|div|where|fill|cat|threshold"),
     ("reduction", r"reduce|triton_red|triton_per|mean|sum|norm"),
 )
-"""Kind -> regular expression over the lower-case name; the first that matches counts."""
+"""Kind -> regular expression over the lower-case name; the first that matches counts. Names that begin with ``_`` are
+those of ``cast_kernels``."""
 
 
 class Span(NamedTuple):
