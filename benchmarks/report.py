@@ -20,8 +20,8 @@ Row = dict[str, Any]
 HEADROOM = 0.94
 """Share of the memory that a step may fill: the rest is the context, cuDNN's workspaces and fragments."""
 BATCH_STEP = 32
-STREAMING_MODEL = "the model says 1.09 to 1.11"
-"""For ResNet-50 on an A100 or H200; docs/performance.md."""
+STREAMING_MODEL = "the model says 1.04 to 1.07"
+"""For a CAST step of ResNet-50 on an A100, H100 or H200; ``traffic_model.py``."""
 FLOAT32_SETTINGS = ("cudnn_allow_tf32", "matmul_allow_tf32", "float32_matmul_precision", "cudnn_benchmark")
 """Keys of an environment's details that say what float32 meant."""
 

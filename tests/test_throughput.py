@@ -400,7 +400,7 @@ def test_report_of_a_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "float32: cudnn_allow_tf32 True, matmul_allow_tf32 False, float32_matmul_precision highest" in text
     assert "## ladder-256\n\nok, 300 s\n" in text
     assert "| kernels | 2,048 | 2,048–2,048 | 3.2 | – | 1.25 | – | 27.94 | 1 |" in text
-    assert text.count("streaming ÷ kernels: 1.25 (gain; the model says 1.09 to 1.11).") == 2
+    assert text.count("streaming ÷ kernels: 1.25 (gain; the model says 1.04 to 1.07).") == 2
     assert "## ladder-64\n\ncut off, not ended" in text
     assert "1 failed" in text
     assert report.main([str(tmp_path / "absent")]) == 2
