@@ -1,11 +1,13 @@
 """What a step sends between ranks: counted on real processes, compared with a model, and that carried to 1,024 GPUs.
 
-    python benchmarks/scaling.py --out DIR [--ranks 1 2 3 4] [--step-ms MS] [--nvlink GB/s] [--link Gbit/s]
+    python benchmarks/scaling.py --out DIR [--ranks 1 2 3 4] [--overlap] [--step-ms MS] [--nvlink GB/s] [--link Gbit/s]
 
 Measured (CPU, gloo, no GPU is needed): 1 to 4 processes take training steps of ResNet-18; ``distributed.RECORD``
 counts the bytes that each collective was handed for other ranks, and where the system allows a network namespace
 (``unshare``) the kernel's loopback counter says what really went over the wire. ``modelled_bytes`` must agree with the
-count: exactly, but for the shuffle, whose splits are random.
+count: exactly, but for the shuffle, whose splits are random. ``--overlap`` measures something else, how much of the
+queue's all-gather hides behind the key encoder: the time that a step waits for it where it needs the rows, against the
+time of the same collective with nothing beside it. On a CPU the two compete for cores, which a GPU's links do not.
 
 Modelled (nothing of it ran): the same formulas at ResNet-50 and 224 pixels, divided by the bandwidths given, nothing
 overlapped, for nodes of eight A100. Once for this project, once for the usual way: all-gather of float32 key images
@@ -20,8 +22,10 @@ import json
 import os
 import shutil
 import socket
+import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +44,8 @@ from cast_fast.parallel import RankSettings
 from cast_fast.step import TrainStep
 
 STEPS = 4
+OVERLAP_STEPS = 20
+OVERLAP_QUEUE = 65_536
 METRICS = 7
 """Means and counts in the step's last all-reduce; one number a rank comes on top."""
 
@@ -147,6 +153,73 @@ def _measure(rank: int, world: World, port: int, exchange: str, out: str) -> Non
         Path(out, f"rank-{rank}.json").write_text(json.dumps({"sent": sent, "wire": wire / STEPS}))
 
 
+def _measure_overlap(rank: int, world: World, port: int, exchange: str, out: str) -> None:
+    """Milliseconds a step: in waiting for the gathered rows, of the gathering alone, and of the whole step."""
+    world = dataclasses.replace(world, rank=rank, local_rank=rank)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    with distributed.process_group(world, torch.device("cpu"), 300):
+        model = MoCo("resnet18", MEASURED.dim, "linear", OVERLAP_QUEUE)
+        step = TrainStep(
+            model, build_optimizer(model.query.parameters(), 0.1), objective=Objective(), compile=False,
+            precision="fp32", ranks=RankSettings(world, "shuffle", "local", exchange),
+        )  # fmt: skip
+        batch = random_batch(MEASURED.batch, MEASURED.side, cam_grid("resnet18", MEASURED.side), "cpu", seed=rank)
+        waits: list[float] = []
+        finish = model.queue.finish_gather
+
+        def timed(gathering: distributed.Gathering) -> torch.Tensor:
+            begin = time.perf_counter()
+            rows = finish(gathering)
+            waits.append(time.perf_counter() - begin)
+            return rows
+
+        model.queue.finish_gather = timed
+        step(batch, 0.1)
+        alone, steps = [], []
+        waits.clear()
+        for _ in range(OVERLAP_STEPS):
+            distributed.barrier("start")
+            begin = time.perf_counter()
+            step(batch, 0.1)
+            steps.append(time.perf_counter() - begin)
+            distributed.barrier("alone")
+            begin = time.perf_counter()
+            finish(model.queue.begin_gather())
+            alone.append(time.perf_counter() - begin)
+        found = {name: statistics.median(values) * 1e3 for name, values in
+                 (("wait", waits), ("alone", alone), ("step", steps))}  # fmt: skip
+        Path(out, f"overlap-{rank}.json").write_text(json.dumps(found))
+
+
+def measure_overlap(ranks: int, out: Path) -> dict[str, float]:
+    """Medians of ``_measure_overlap``, mean over ranks."""
+    folder = out / f"overlap-{ranks}"
+    folder.mkdir(parents=True, exist_ok=True)
+    subprocess.run([sys.executable, __file__, "--worker", str(ranks), "overlap", str(folder)], check=True)
+    found = [json.loads((folder / f"overlap-{rank}.json").read_text()) for rank in range(ranks)]
+    return {name: sum(one[name] for one in found) / ranks for name in found[0]}
+
+
+def report_overlap(results: harness.Results, counts: list[int], out: Path) -> None:
+    """Measures, records and prints how much of the queue's gathering is hidden."""
+    rows = []
+    for ranks in counts:
+        found = measure_overlap(ranks, out)
+        shape = {"ranks": ranks, "batch": MEASURED.batch, "size": MEASURED.side, "queue": OVERLAP_QUEUE}
+        for name, value in found.items():
+            record = results.record("overlap", name, harness.Failure(""), dtype="fp32", shape=shape, unit="ms")
+            results.add(dataclasses.replace(record, value=value, repeats=OVERLAP_STEPS))
+        hidden = 1 - found["wait"] / found["alone"]
+        rows.append([str(ranks), *(f"{found[name]:.1f}" for name in ("alone", "wait", "step")), f"{hidden:.0%}"])
+    harness.print_table(
+        f"gathering {OVERLAP_QUEUE:,} keys of {MEASURED.dim} numbers, ResNet-18 at {MEASURED.side} pixels, gloo",
+        ["ranks", "alone, ms", "waited for in a step, ms", "step, ms", "hidden"],
+        rows,
+        ["medians over steps, means over ranks; waiting includes that for a rank which begins later"],
+    )
+
+
 def measure(ranks: int, exchange: str, out: Path) -> dict[str, Any]:
     """Bytes a rank and step by collective (mean of the ranks), and over the wire in all if that could be seen."""
     folder = out / f"{exchange}-{ranks}"
@@ -180,7 +253,9 @@ def _worker(ranks: int, exchange: str, folder: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    multiprocessing.spawn(_measure, (World(0, 0, ranks), port, exchange, folder), nprocs=ranks)  # pyright: ignore
+    work = _measure_overlap if exchange == "overlap" else _measure
+    exchange = "gather" if exchange == "overlap" else exchange
+    multiprocessing.spawn(work, (World(0, 0, ranks), port, exchange, folder), nprocs=ranks)  # pyright: ignore
 
 
 # Modelled
@@ -265,6 +340,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("scaling-results"), help="folder for results and chart")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of processes to measure")
+    parser.add_argument("--overlap", action="store_true", help="measure how much of the queue's exchange is hidden")
     parser.add_argument(
         "--step-ms", type=float, default=165.0, help="a step of 256 pairs without communication (model)"
     )
@@ -277,6 +353,9 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     environment = harness.environment(torch.device("cpu"))
     results = harness.open_results(args.out, environment)
+    if args.overlap:
+        report_overlap(results, [ranks for ranks in args.ranks if ranks > 1], args.out)
+        return 0
     measured = {
         (ranks, exchange): measure(ranks, exchange, args.out)
         for ranks in args.ranks

@@ -400,6 +400,7 @@ def pretrain(world: World, settings: dict[str, Any], fault: str = "none") -> dic
 
     from cast_fast import train
     from cast_fast.config import PretrainConfig
+    from cast_fast.data.dali_loader import DaliLoader
     from cast_fast.errors import UserError
 
     tiny_pretrain.make_tiny()
@@ -412,6 +413,7 @@ def pretrain(world: World, settings: dict[str, Any], fault: str = "none") -> dic
         return original(self, batch, *rest)
 
     TrainStep.__call__ = step
+    loader = DaliLoader.__next__
     try:
         outcome = train.pretrain(PretrainConfig(**settings))
     except UserError as error:
@@ -420,6 +422,7 @@ def pretrain(world: World, settings: dict[str, Any], fault: str = "none") -> dic
         return {"samples": samples, "end": f"leaves with {leave.code}"}
     finally:
         TrainStep.__call__ = original
+        DaliLoader.__next__ = loader
     return {"samples": samples, "end": "finished" if outcome.finished else outcome.stopped_by}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import pickle
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,8 +21,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import checkpoint_checks
 import pytest
+import rank_checks
 import torch
+from safetensors import safe_open
 
 from cast_fast import checkpoint
 from cast_fast.errors import UserError
@@ -620,3 +625,97 @@ def test_background_save_is_that_of_the_call(tmp_path: Path, monkeypatch: pytest
         saver.wait()
     saver.wait()
     assert checkpoint.steps(tmp_path) == [3]
+
+
+# Many ranks
+
+
+@pytest.fixture(scope="module")
+def four_ranks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+    """What each of four processes saw, and the run folder they share."""
+    run = tmp_path_factory.mktemp("four") / "run"
+    run.mkdir()
+    function = functools.partial(checkpoint_checks.everything, folder=str(run))
+    return run, rank_checks.run_ranks(function, 4, run.parent / "results")
+
+
+def ends(ranks: tuple[Path, list[dict[str, Any]]], name: str) -> list[str]:
+    return [found[name] for found in ranks[1]]
+
+
+def test_every_rank_writes_its_part(four_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    """Each replicated tensor once, spread over the ranks; each part by its owner; plain values of rank 0."""
+    run, found = four_ranks
+    for name in ("save", "again", "next"):
+        assert ends(four_ranks, name) == ["done"] * 4
+    path = run / "checkpoints" / "step-2"
+    owners: dict[str, list[int]] = {}
+    for rank in range(4):
+        with safe_open(path / f"rank-{rank}.safetensors", framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (it cannot be iterated)
+                owners.setdefault(name, []).append(rank)
+            assert torch.equal(opened.get_tensor("keys"), checkpoint_checks.whole_state(2)["keys"][:, [rank]])
+    assert owners.pop("keys") == [0, 1, 2, 3] and owners.pop("random/state") == [0]
+    assert len(owners) == 12 and all(len(ranks) == 1 for ranks in owners.values())
+    assert {ranks[0] for ranks in owners.values()} == {0, 1, 2, 3}
+    assert_equal_states(checkpoint.load(path).state, checkpoint_checks.whole_state(2))
+    for rank in found:
+        assert_equal_states(rank["read"], checkpoint_checks.whole_state(3))
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    [
+        ("full", r"user error: rank 2: cannot save the checkpoint of step 2 in .*File too large.*MB free"),
+        ("unshared", r"user error: rank 1: cannot save the checkpoint of step 2 .*No such file"),
+        ("lost file", r"user error: rank 0: .*rank-3\.safetensors was written .*expected a run folder that all"),
+        ("no space", r"user error: no disk space$"),
+        ("broken end", r"user error: rank 0: cannot save the checkpoint of step 2 .*Input/output error"),
+        ("background failure", r"user error: rank 1: no disk space$"),
+        ("unreadable", r"user error: rank 3: cannot read .*step-3: Input/output error"),
+    ],
+)
+def test_a_failing_rank_is_named_and_keeps_nobody(
+    four_ranks: tuple[Path, list[dict[str, Any]]], name: str, first: str
+) -> None:
+    main, *rest = ends(four_ranks, name)
+    assert re.match(first, main), main
+    assert rest == ["leaves with 2"] * 3
+
+
+def test_a_mistake_on_one_rank(four_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    main, failing, *rest = ends(four_ranks, "mistake")
+    assert main.startswith("RuntimeError: rank 1: ZeroDivisionError") and failing.startswith("ZeroDivisionError")
+    assert rest == ["leaves with 1"] * 2
+
+
+def test_failures_leave_nothing_behind(four_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    run, found = four_ranks
+    for name in ("after full", "after failures"):
+        assert all(rank[name] == {"step-1", "last"} for rank in found)
+    assert all(rank["names"] == {"step-2", "step-3", "last"} for rank in found)
+    assert (run / "checkpoints" / "last").read_text() == "step-3\n"
+
+
+def test_saving_in_the_background_disturbs_no_collective(four_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    run, found = four_ranks
+    assert [rank["traffic"] for rank in found] == [50.0] * 4
+    assert_equal_states(checkpoint.load(run / "checkpoints" / "step-3").state, checkpoint_checks.whole_state(3))
+    assert ends(four_ranks, "told once") == ["done"] * 4
+
+
+def test_what_is_done_together_fails_together(four_ranks: tuple[Path, list[dict[str, Any]]]) -> None:
+    assert ends(four_ranks, "together") == [0, 1, 2, 3]
+    assert ends(four_ranks, "not together") == ["leaves with 2"] * 2 + ["user error: here alone", "leaves with 2"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_damage_to_one_ranks_file(
+    four_ranks: tuple[Path, list[dict[str, Any]]], tmp_path: Path, damage: str, rank: int
+) -> None:
+    shutil.copytree(four_ranks[0], tmp_path / "run")
+    DAMAGES[damage](tmp_path / "run" / "checkpoints" / "step-3" / f"rank-{rank}.safetensors")
+    loaded = checkpoint.load_last(tmp_path / "run")
+    assert loaded is not None and loaded.step == 2
+    assert_equal_states(loaded.state, checkpoint_checks.whole_state(2))

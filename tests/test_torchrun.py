@@ -10,6 +10,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -81,6 +82,21 @@ def torchrun(
     values: dict[str, Any], ranks: int, *extra: str, faults: str = "none", options: tuple[str, ...] = ()
 ) -> Any:
     """The real command under a real torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
+    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *options]
+    return subprocess.Popen(
+        [*launcher, str(Path(tiny_pretrain.__file__)), faults, "pretrain", *command_line(values), *extra],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment(),
+    )  # fmt: skip
+
+
+def environment() -> dict[str, str]:
+    """For a process with this one's import path and one thread."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+def command_line(values: dict[str, Any]) -> list[str]:
+    """The settings as flags."""
     flags = []
     config = PretrainConfig(**values)
     for field in dataclasses.fields(config):
@@ -89,13 +105,14 @@ def torchrun(
             flags.append(f"--{name}" if value else f"--no-{name}")
         elif value is not None:
             flags += [f"--{name}", str(value)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks)]
-    launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *options]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [*launcher, str(Path(tiny_pretrain.__file__)), faults, "pretrain", *flags, *extra],
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment,
-    )  # fmt: skip
+    return flags
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[str]) -> None:
+    """Until metrics.csv has the step, or the process has ended."""
+    row = f"\n{step},".encode()
+    while process.poll() is None and not ((run / "metrics.csv").exists() and row in (run / "metrics.csv").read_bytes()):
+        threading.Event().wait(0.05)
 
 
 @pytest.fixture(scope="module")
@@ -171,24 +188,32 @@ def test_saving_in_the_background_saves_the_same(
 
 
 def test_other_numbers_of_ranks_continue_the_run(scenes: Path, tmp_path: Path) -> None:
-    """Four ranks, then two or one: with synchronised BatchNorm nothing but the order of sums differs."""
-    changes = {"key_bn": "sync", "query_bn": "sync", "checkpoint_every": 4}
+    """Four ranks, then two, one, and four again: with synchronised BatchNorm nothing but the order of sums differs."""
+    changes = {"key_bn": "sync", "query_bn": "sync"}
     whole = tmp_path / "four"
     results = run_in_ranks(4, settings(scenes, whole, 4, **changes), tmp_path)
     expected, table = last(whole), rows(whole / "metrics.csv")
-    for ranks in (2, 1):
+    for begun, ranks, before in (("four", 2, 4), ("four", 1, 4), ("then-2", 4, 6)):
         run = tmp_path / f"then-{ranks}"
-        shutil.copytree(whole, run)
-        shutil.rmtree(run / "checkpoints" / "step-8")
+        shutil.copytree(tmp_path / begun, run)
+        for step in checkpoint.steps(run):
+            if step > before:
+                shutil.rmtree(run / "checkpoints" / f"step-{step}")
+        resumed = checkpoint.load_last(run)
         again = run_in_ranks(ranks, settings(scenes, run, ranks, **changes, resume=True), tmp_path)
         assert [result["end"] for result in again] == ["finished"] * ranks
-        for step in range(5, 9):
-            before, after = (
+        for step in range(before + 1, 9):
+            samples, others = (
                 np.stack([result["samples"][step] for result in every], axis=1).ravel().tolist()
                 for every in (results, again)
             )
-            assert before == after
+            assert samples == others
         found = last(run)
+        assert found.state["queue"]["columns"].shape == (-(-19 // ranks), ranks, 8)
+        # The keys that were there before the restart are the same bits in the same order.
+        kept = 19 - (8 - before) * GLOBAL_BATCH
+        assert resumed is not None and (kept > 0) == (before == 6)
+        assert torch.equal(oldest_first(found)[: max(kept, 0)], oldest_first(resumed)[19 - max(kept, 0) :])
         # Float32, four steps: a wrong sample or key would show in the first digit.
         torch.testing.assert_close(oldest_first(found), oldest_first(expected), rtol=0, atol=1e-4)
         assert found.state["queue"]["pointer"] == expected.state["queue"]["pointer"]
@@ -197,6 +222,7 @@ def test_other_numbers_of_ranks_continue_the_run(scenes: Path, tmp_path: Path) -
         for row, other in zip(table, rows(run / "metrics.csv")):
             assert row["step"] == other["step"] and row["cast_samples"] == other["cast_samples"]
             assert float(other["loss"]) == pytest.approx(float(row["loss"]), rel=1e-4)
+    run = tmp_path / "then-1"
     refused = run_in_ranks(2, settings(scenes, run, 1, **changes, resume=True), tmp_path)
     assert "the global batch differs" in refused[0]["end"] and ": 8 -> 16 (--batch 8 on 2" in refused[0]["end"]
     assert refused[1]["end"] == "leaves with 2"
@@ -225,7 +251,85 @@ def test_nan_on_one_rank_changes_nothing(scenes: Path, tmp_path: Path) -> None:
     assert json.loads(noted[0]["samples"]) == [stems[index] for index in results[1]["samples"][5]]
 
 
+@pytest.mark.parametrize("at", [5, 6, 8])
+def test_a_failing_loader_on_one_rank_saves_on_all(
+    undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path, at: int
+) -> None:
+    """The step before is saved, whether a checkpoint is due in between or the run at its end; and goes on as ever."""
+    run = tmp_path / "run"
+    failed = run_in_ranks(2, settings(scenes, run, 2), tmp_path, fault=f"loader:1:{at}")
+    assert failed[0]["end"] == f"the loader of rank 1 gave up, see its message; step {at - 1} is saved"
+    assert failed[1]["end"] == "too many broken files"
+    assert checkpoint.steps(run)[0] == at - 1
+    again = run_in_ranks(2, settings(scenes, run, 2, resume=True), tmp_path)
+    assert [result["end"] for result in again] == ["finished", "finished"]
+    assert_same_run(run, undisturbed[0])
+    assert not (run / "nonfinite.csv").exists()
+
+
+def test_sigterm_to_a_single_worker(scenes: Path, tmp_path: Path) -> None:
+    """From outside, to rank 1 alone, without a launcher: both save the same step and exit 75."""
+    run = tmp_path / "run"
+    flags = command_line(settings(scenes, run, 2, steps=100_000, checkpoint_every=50_000))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    workers = []
+    for rank in range(2):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables = {name: str(value) for name, value in place.items()}
+        command = [sys.executable, str(Path(tiny_pretrain.__file__)), "none", "pretrain", *flags]
+        workers.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**environment(), **variables},
+            )
+        )
+    wait_for_step(run, 3, workers[1])
+    workers[1].send_signal(signal.SIGTERM)
+    errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [75, 75], errors
+    saved = last(run)
+    assert saved.step >= 3 and checkpoint.steps(run) == [saved.step]
+    assert f"stopped by a signal to another rank after step {saved.step} of 100000" in errors[0]
+    assert f"stopped by SIGTERM after step {saved.step} of 100000" in errors[1]
+
+
 # Under torchrun
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["waiting", "in-the-background"])
+def test_a_rank_that_dies_in_mid_save(
+    undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path, background: bool
+) -> None:
+    """Half of its file is there, the others' are whole: the checkpoint before is used, and the run ends as ever."""
+    run = tmp_path / "run"
+    values = settings(scenes, run, 2, async_save=background)
+    process = torchrun(values, 2, faults="killsave:1:4")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "exitcode  : -9" in errors, errors
+    assert checkpoint.steps(run) == [2]
+    process = torchrun(values, 2, "--resume")
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert_same_run(run, undisturbed[0])
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-2", "step-4", "step-6", "step-8", "last"}
+
+
+def test_a_rank_that_hangs_in_mid_save(scenes: Path, tmp_path: Path) -> None:
+    """The other gives up after the time-out of collectives, says where, and leaves the checkpoint before."""
+    run = tmp_path / "run"
+    process = torchrun(
+        settings(scenes, run, 2, collective_timeout=20), 2, faults="hangsave:1:4", options=("--shutdown-timeout", "2")
+    )
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 1 and "rank 0 of 2 gives up" in errors, errors
+    (waiting,) = [line for line in errors.splitlines() if line.startswith("rank 0 (process")]
+    assert "in 'checkpoint' for" in waiting
+    assert last(run).step == 2 and checkpoint.steps(run) == [2]
 
 
 def test_signal_to_one_rank_then_random_kills(
@@ -279,10 +383,7 @@ def test_signal_to_torchrun(
     """
     run = tmp_path / "run"
     process = torchrun(settings(scenes, run, 2, steps=100_000, checkpoint_every=50_000), 2, options=options)
-    while process.poll() is None and not (
-        (run / "metrics.csv").exists() and b"\n3," in (run / "metrics.csv").read_bytes()
-    ):
-        threading.Event().wait(0.05)
+    wait_for_step(run, 3, process)
     process.send_signal(number)
     _, errors = process.communicate(timeout=300)  # until the workers too have closed their end of the pipe
     assert process.returncode == code, errors

@@ -8,6 +8,8 @@ the run), in this start of torchrun's (the first by default), …
 - ``hang``: never comes back from the loader.
 - ``term``, ``usr1``, ``int``: gets this signal, twice.
 - ``nan``: has a batch whose attention weight is infinite, from this step on.
+- ``loader``: its loader gives up when asked for this step's batch, and from then on.
+- ``killsave``, ``hangsave``: dies or never comes back while it writes its file of this step's checkpoint.
 """
 
 from __future__ import annotations
@@ -16,15 +18,18 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from typing import Any
 
 import torch
 from tiny_encoder import CHANNELS, tiny_trunk
 
 import cast_fast.encoder
-from cast_fast import cli
+from cast_fast import checkpoint, cli
 from cast_fast.data.batch import Batch
+from cast_fast.data.dali_loader import DaliLoader
 from cast_fast.distributed import RECORD
+from cast_fast.errors import UserError
 from cast_fast.step import StepMetrics, TrainStep
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
@@ -48,6 +53,12 @@ def _inject(fault: str) -> None:
         "TORCHELASTIC_RESTART_COUNT", "0"
     ):
         return
+    if kind == "loader":
+        _break_loader(int(at))
+        return
+    if kind in ("killsave", "hangsave"):
+        _break_save(kind, int(at))
+        return
     original = TrainStep.__call__
 
     def step(self: TrainStep, batch: Batch, lr: float, report: Any = None) -> StepMetrics:
@@ -64,6 +75,31 @@ def _inject(fault: str) -> None:
         return original(self, batch, lr, report)
 
     TrainStep.__call__ = step
+
+
+def _break_loader(at: int) -> None:
+    original = DaliLoader.__next__
+
+    def deliver(self: DaliLoader) -> Batch:
+        if RECORD.step >= at:
+            raise UserError("too many broken files")
+        return original(self)
+
+    DaliLoader.__next__ = deliver
+
+
+def _break_save(kind: str, at: int) -> None:
+    original = checkpoint._write
+
+    def write(path: Path, content: Any) -> Any:
+        if f"step-{at}-" in path.parent.name and path.suffix == ".safetensors":
+            path.write_bytes(b"half a file")
+            if kind == "hangsave":
+                threading.Event().wait()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path, content)
+
+    checkpoint._write = write
 
 
 if __name__ == "__main__":
