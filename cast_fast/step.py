@@ -25,6 +25,7 @@ from cast_fast.encoder import Encoder
 from cast_fast.moco import MoCo
 from cast_fast.objective import Losses, Objective, contrastive_attention_loss
 from cast_fast.optim import make_gateable
+from cast_fast.split_batch_norm import split_batch_norm
 
 if TYPE_CHECKING:
     from cast_fast.data.batch import Batch
@@ -37,6 +38,13 @@ IMAGE_STD = (0.229, 0.224, 0.225)
 """ImageNet's RGB statistics, for values in [0, 1]; every ResNet export of the project names the same."""
 
 PRECISIONS = ("auto", "fp32", "bf16")
+COMPILE_MODES = {
+    "default": False,
+    "max-autotune-no-cudagraphs": False,
+    "reduce-overhead": True,
+    "max-autotune": True,
+}
+"""Modes of ``torch.compile`` → whether they record CUDA graphs."""
 
 
 class StepMetrics(NamedTuple):
@@ -130,6 +138,11 @@ class TrainStep:
         compile: compile forward pass and losses as one graph (the first step then takes a minute or more on a CPU).
         kernels: use the fused losses of ``cast_kernels``.
         clip_grad: largest norm of the gradient, 0 for no clipping.
+        join_keys: embed keys and masked keys in one pass of the key encoder, each with its own BatchNorm statistics
+            (``split_batch_norm``): the same numbers up to rounding, fewer and larger convolutions. On one rank, with
+            torch's BatchNorm; without attention loss there is nothing to join.
+        compile_mode: torch.compile's ``mode``. With one that records CUDA graphs (``"reduce-overhead"``,
+            ``"max-autotune"``) the metrics are copied out of the graphs' memory.
         ranks: what to do on many ranks (``parallel.RankSettings``); by default, and for one rank, there is no other.
 
     Raises:
@@ -147,12 +160,19 @@ class TrainStep:
         compile: bool = True,
         kernels: bool = False,
         clip_grad: float = 0.0,
+        join_keys: bool = False,
+        compile_mode: str = "default",
         ranks: RankSettings | None = None,
     ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1]")
         if not clip_grad >= 0:
             raise ValueError(f"clip_grad: got {clip_grad}, expected at least 0")
+        if compile_mode not in COMPILE_MODES:
+            raise ValueError(f"compile_mode: got {compile_mode!r}, expected one of {', '.join(COMPILE_MODES)}")
+        many = ranks is not None and ranks.world.size > 1
+        if many and (join_keys or compile_mode != "default"):
+            raise ValueError("join_keys, compile_mode: got other than the default on many ranks, expected one rank")
         make_gateable(optimizer)
         if not all(map(_same_layout, model.key.parameters(), model.query.parameters())):
             raise ValueError("model: got key and query encoder in different memory formats, expected the same")
@@ -171,9 +191,18 @@ class TrainStep:
         """Of the last step; ``None`` on one rank."""
         mean, std = (weights.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
         self._scale, self._shift = 1 / (255 * std), -mean / std
-        self._losses = torch.compile(step_losses, fullgraph=True, dynamic=False) if compile else step_losses
+        self.join_keys = join_keys and objective.attention
+        if self.join_keys:
+            split_batch_norm(model.key, 2)
+        self._losses = step_losses
+        if compile:
+            mode = None if compile_mode == "default" else compile_mode
+            self._losses = torch.compile(step_losses, fullgraph=True, dynamic=False, mode=mode)
+        self._recorded = compile and weights.is_cuda and COMPILE_MODES[compile_mode]
+        """Whether the compiled graph is recorded and replayed, each time in the same memory."""
         self._ranks: ParallelLosses | None = None
-        if ranks is not None and ranks.world.size > 1:
+        if many:
+            assert ranks is not None
             from cast_fast.parallel import ParallelLosses
 
             self._ranks = ParallelLosses(
@@ -212,6 +241,8 @@ class TrainStep:
         self._statistics.save()
         if self._ranks is not None:
             return self._take(batch, lr, self._ranks, report)
+        if self._recorded:
+            torch.compiler.cudagraph_mark_step_begin()
         losses, keys, empty_key_mask = self._losses(
             self.model,
             batch.query,
@@ -224,9 +255,15 @@ class TrainStep:
             self.objective,
             self.dtype,
             self.kernels,
+            self.join_keys,
         )
         losses.loss.backward()
         loss = losses.loss.detach()
+        if self._recorded:
+            # The host reads metrics a step or two later, when the next replay has long overwritten this memory.
+            loss, empty_key_mask = loss.clone(), empty_key_mask.clone()
+            parts = {name: value for name, value in losses._asdict().items() if value is not None}
+            losses = losses._replace(**{name: value.detach().clone() for name, value in parts.items()})
         grad_norm, finite = self._update(loss, keys, lr)
         return StepMetrics(
             loss,
@@ -303,6 +340,7 @@ def step_losses(
     objective: Objective,
     dtype: torch.dtype,
     kernels: bool,
+    join_keys: bool = False,
 ) -> tuple[Losses, Tensor, Tensor]:
     """Forward passes and losses of a step, from uint8 crops; the region that is compiled.
 
@@ -316,11 +354,12 @@ def step_losses(
         objective: settings.
         dtype: arithmetic of the trunk; bfloat16 is autocast.
         kernels: use the fused losses of ``cast_kernels``.
+        join_keys: one pass of the key encoder, whose BatchNorms are split in two parts, instead of two passes.
 
     Returns:
         the losses, the keys (N, D) to enqueue, and how many samples lost their attention weight to an empty key mask.
     """
-    keys, masked_key = embed_keys(model.key, key, key_mask, scale, shift, dtype)
+    keys, masked_key = embed_keys(model.key, key, key_mask, scale, shift, dtype, join=join_keys)
     weight, empty_key_mask = attention_weights(key_mask, weight, keys)
     losses = query_losses(
         model.query,
@@ -340,11 +379,25 @@ def step_losses(
 
 
 def embed_keys(
-    encoder: Encoder, key: Tensor, key_mask: Tensor | None, scale: Tensor, shift: Tensor, dtype: torch.dtype
+    encoder: Encoder,
+    key: Tensor,
+    key_mask: Tensor | None,
+    scale: Tensor,
+    shift: Tensor,
+    dtype: torch.dtype,
+    *,
+    join: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Keys (N, D) and, where there are masks, masked keys (N, D), each pass with its own batch statistics."""
+    """Keys (N, D) and, where there are masks, masked keys (N, D), each with the batch statistics of its own crops.
+
+    With ``join`` both are one batch of the encoder, whose BatchNorms must be split in two (``split_batch_norm``).
+    """
     with torch.autocast(key.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
         images = _normalise(key, scale, shift)
+        if join and key_mask is not None:
+            masked = torch.where((key_mask > 0)[:, None], images, 0)
+            both = encoder(torch.cat([images, masked]).contiguous(memory_format=torch.channels_last)).embedding
+            return both[: len(key)], both[len(key) :]
         keys = encoder(images).embedding
         if key_mask is None:
             return keys, None

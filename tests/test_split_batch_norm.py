@@ -1,0 +1,110 @@
+"""One pass with statistics apart is as many passes, to the last bits of float64."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_step import batch_of, differing, snapshot, tiny_step
+from torch import nn
+
+from cast_fast.encoder import build_trunk
+from cast_fast.split_batch_norm import SplitBatchNorm2d, split_batch_norm
+from cast_fast.sync_batch_norm import SyncBatchNorm2d
+
+
+@pytest.mark.parametrize("parts", [2, 3])
+def test_parts_are_passes_one_after_the_other(parts: int) -> None:
+    torch.manual_seed(0)
+    plain = nn.BatchNorm2d(5, momentum=0.3).double()
+    with torch.no_grad():
+        plain.weight.uniform_(-1, 1)
+        plain.bias.uniform_(-1, 1)
+    network = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(network, parts)
+    assert network.state_dict().keys() == nn.Sequential(plain).state_dict().keys()
+    # Parts that differ: common statistics would be far off.
+    batches = [torch.randn(4, 5, 6, 7, dtype=torch.float64) * (1 + part) + part for part in range(parts)]
+    joined = torch.cat(batches).contiguous(memory_format=torch.channels_last)
+    expected = torch.cat([plain(batch) for batch in batches])
+    torch.testing.assert_close(network(joined), expected, rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(nn.BatchNorm2d(5).double()(joined), expected, atol=0.1)
+    for (name, want), got in zip(plain.state_dict().items(), network.state_dict().values()):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, msg=name)
+    assert network.state_dict()["0.num_batches_tracked"] == parts
+
+
+def test_gradients_are_those_of_apart_passes() -> None:
+    torch.manual_seed(1)
+    plain = nn.BatchNorm2d(3).double()
+    network = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(network, 2)
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    want = torch.autograd.grad((torch.cat([plain(half) for half in x.chunk(2)]) * weight).sum(), x)[0]
+    torch.testing.assert_close(torch.autograd.grad((network(x) * weight).sum(), x)[0], want, rtol=1e-10, atol=1e-12)
+
+
+def test_eval_mode_and_one_part_are_torch_to_the_bit() -> None:
+    x = torch.randn(4, 3, 5, 5)
+    plain = nn.BatchNorm2d(3)
+    network = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(network, 1)
+    assert torch.equal(network(x), plain(x))
+    split_batch_norm(network, 2)
+    assert torch.equal(network.eval()(x), plain.eval()(x))
+
+
+def test_what_cannot_be_split_is_refused() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    split_batch_norm(network, 2)
+    with pytest.raises(ValueError, match="got 5 samples, expected a multiple of 2"):
+        network(torch.randn(5, 3, 4, 4))
+    assert isinstance(network[0], SplitBatchNorm2d)
+    for norm in (SyncBatchNorm2d(3), nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None)):
+        with pytest.raises(ValueError, match=r"expected nn\.BatchNorm2d with a momentum"):
+            split_batch_norm(nn.Sequential(norm), 2)
+    with torch.device("meta"):
+        trunk = build_trunk("resnet18", "streaming")[0]
+    with pytest.raises(ValueError, match="got a streaming trunk"):
+        split_batch_norm(trunk, 2)
+
+
+def test_step_with_joined_keys_is_the_step() -> None:
+    """Every tensor of a checkpoint after three steps in float64: keys, queue, both encoders, running statistics."""
+    steps = [tiny_step(dtype=torch.float64, join_keys=join) for join in (False, True)]
+    metrics = [[step(batch_of(seed), 0.05) for seed in range(3)] for step in steps]
+    first, second = (snapshot(step) for step in steps)
+    assert first.keys() == second.keys()
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-9, atol=1e-11, msg=name)
+    for one, other in zip(*metrics):
+        torch.testing.assert_close(torch.stack(list(other[:3])), torch.stack(list(one[:3])), rtol=1e-10, atol=1e-12)
+    assert differing(snapshot(tiny_step(dtype=torch.float64)), first)  # the steps did something
+
+
+def test_step_without_masked_keys_joins_nothing() -> None:
+    steps = [tiny_step(dtype=torch.float64, attention=False, join_keys=join) for join in (False, True)]
+    for step in steps:
+        step(batch_of(0, attention=False), 0.05)
+    assert not differing(*(snapshot(step) for step in steps))
+
+
+def test_wrong_mode_is_named() -> None:
+    with pytest.raises(ValueError, match="compile_mode: got 'fast'"):
+        tiny_step(compile_mode="fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{"compile_mode": "reduce-overhead"}, {"join_keys": True}], ids=str)
+def test_compiled_variants_on_a_gpu(cuda: torch.device, settings: dict[str, Any]) -> None:
+    """Also that metrics of an earlier step survive the replay of a later one."""
+    steps = [tiny_step(cuda, compile=True), tiny_step(cuda, compile=True, **settings)]
+    metrics = [[step(batch_of(seed, cuda), 0.05) for seed in range(5)] for step in steps]
+    for one, other in zip(*metrics):
+        torch.testing.assert_close(torch.stack(list(other[:3])), torch.stack(list(one[:3])), rtol=1e-4, atol=1e-5)
+    first, second = (snapshot(step) for step in steps)
+    for name, value in first.items():
+        torch.testing.assert_close(second[name], value, rtol=1e-3, atol=1e-4, msg=name)
