@@ -242,14 +242,22 @@ def test_imagenet_classes_go_through_the_mapping(tmp_path):
         backgrounds.answer_table(model, classes, None)
     root = tmp_path / "root"
     root.mkdir()
-    (tmp_path / "in_to_in9.json").write_text(json.dumps({"151": 0, "8": 1, "0": -1}))
-    table = backgrounds.answer_table(model, classes, backgrounds.find_mapping(root, None))
-    assert (table[151], table[8], table[0], table[999]) == (0, 1, -1, -1) and (table >= 0).sum() == 2
+    nine = tuple(f"{n:02d}_{'wheeled ' if n == 2 else ''}{name}" for n, name in enumerate(backgrounds.NINE))
+    found = tmp_path / "in_to_in9.json"
+    found.write_text(json.dumps({"151": 0, "8": 1, "999": 8, "0": -1}))
+    table = backgrounds.answer_table(model, nine, backgrounds.find_mapping(root, None, nine))
+    assert (table[151], table[8], table[999], table[0], table[998]) == (0, 1, 8, -1, -1) and (table >= 0).sum() == 3
+    # it speaks of the official classes: other sets need a mapping of their own, and then their user names it
+    for others in (nine[:8], (*nine[:8], "08_mug"), (nine[1], nine[0], *nine[2:])):
+        assert backgrounds.find_mapping(root, None, others) is None
+        assert backgrounds.find_mapping(root, found, others) == {151: 0, 8: 1, 999: 8, 0: -1}
+    with pytest.raises(UserError, match="maps to class 8, but the set has 2"):
+        backgrounds.answer_table(model, classes, backgrounds.find_mapping(root, found, classes))
     with pytest.raises(UserError, match="--mapping"):
-        backgrounds.find_mapping(root, tmp_path / "no.json")
+        backgrounds.find_mapping(root, tmp_path / "no.json", nine)
     (tmp_path / "bad.json").write_text("[1, 2]")
     with pytest.raises(UserError, match="JSON object"):
-        backgrounds.find_mapping(root, tmp_path / "bad.json")
+        backgrounds.find_mapping(root, tmp_path / "bad.json", nine)
 
 
 def test_files_that_do_not_fit_are_named(tmp_path):
@@ -451,6 +459,8 @@ def test_make_refuses_what_it_cannot_use(tmp_path, made, capsys):
     labelled = [*flags, "--labels", str(scenes / "labels.csv")]
     assert cli.main(["backgrounds-make", *labelled, "--out", str(made)]) == 2
     assert "not empty" in capsys.readouterr().err
+    assert cli.main(["backgrounds-make", *labelled, "--out", str(scenes / "labels.csv")]) == 2
+    assert "cannot be a new folder" in capsys.readouterr().err
     (scenes / "labels.csv").write_text("stem,class\np0,red\np1,red\n")
     assert cli.main(["backgrounds-make", *labelled, "--out", str(tmp_path / "o"), "--size", "32"]) == 2
     assert "expected at least 2" in capsys.readouterr().err

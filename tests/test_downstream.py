@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -166,12 +167,44 @@ def test_pictures_can_be_limited_to_a_table(setting, tmp_path):
     assert result["pictures"] == 2 and "grounding" not in result
 
 
+def test_a_supervised_file_of_torchvision_is_compared_by_a_mapping(setting, tmp_path, capsys):
+    folder, files = setting
+    torch.manual_seed(5)
+    torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "supervised.pth")
+    # whatever it says counts as red, nothing as blue but a class that it hardly ever names
+    (tmp_path / "mapping.json").write_text(json.dumps({"red": list(range(998)), "green": ["bolete"], "blue": [999]}))
+    flags = ["--images", folder / "images", "--labels", folder / "labels.csv", "--mapping", tmp_path / "mapping.json"]
+    flags += ["--out", tmp_path / "out", "--size", 32, "--resamples", 10]
+    assert cli.main(["downstream", str(tmp_path / "supervised.pth"), str(files[0]), *map(str, flags)]) == 0
+    with (tmp_path / "out" / "downstream.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    names = torchvision.models.ResNet50_Weights.DEFAULT.meta["categories"]
+    assert all(row["supervised: answer"] in names for row in rows)
+    result = json.loads((tmp_path / "out" / "downstream.json").read_text())
+    right = [row["class"] == "red" for row in rows]  # 998 of 1000 classes
+    assert result["accuracy"][0]["mean"] == pytest.approx(np.mean(right)) == pytest.approx(1 / 3)
+    capsys.readouterr()
+    assert cli.main(["downstream", str(tmp_path / "supervised.pth"), str(files[0]), *map(str, flags[:4])]) == 2
+    assert "no class is called 'blue'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda f: ["--images", str(f / "images")], "--labels is missing"),
         (lambda f: ["--images", str(f / "images"), "--labels", str(f / "wrong.csv")], "no class is called 'owl'"),
         (lambda f: ["--images", str(f / "images"), "--labels", str(f / "labels.csv"), "--only", "no.csv"], "--only"),
+        (
+            lambda f: [
+                "--images",
+                str(f / "images"),
+                "--labels",
+                str(f / "labels.csv"),
+                "--only",
+                str(f / "images/p0.png"),
+            ],
+            "--only",
+        ),
         (lambda f: ["--images", str(f / "images"), "--labels", str(f / "labels.csv"), "--mapping", "no"], "--mapping"),
     ],
 )

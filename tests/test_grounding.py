@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -109,14 +111,15 @@ def test_attention_is_grad_cam_by_automatic_differentiation(head, device):
     heads = {"linear": lambda: LinearHead(6, 4), "mlp": lambda: MLPHead(6, 4), "none": IdentityHead}
     query, key = small_encoder(heads[head](), 1), small_encoder(heads[head](), 2)
     pairs = random_pairs(5)
-    found = attend(query.to(device), key.to(device), pairs, device)
+    prepare = functools.partial(normalise, mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.25)) if head == "mlp" else normalise
+    found = attend(query.to(device), key.to(device), pairs, device, prepare)
     query, key = query.cpu(), key.cpu()
     images = torch.from_numpy(np.stack([p.query for p in pairs])).permute(0, 3, 1, 2)
-    keys = normalise(torch.from_numpy(np.stack([p.key for p in pairs])).permute(0, 3, 1, 2))
+    keys = prepare(torch.from_numpy(np.stack([p.key for p in pairs])).permute(0, 3, 1, 2))
     masks = torch.from_numpy(np.stack([p.key_mask for p in pairs]))[:, None]
     for target, inputs in (("key", keys), ("masked_key", keys * masks)):
         embedding = key(inputs).embedding
-        activations = query.trunk(normalise(images)).requires_grad_()
+        activations = query.trunk(prepare(images)).requires_grad_()
         similarity = (F.normalize(query.head(activations.mean(dim=(2, 3)))) * embedding).sum(1)
         (gradient,) = torch.autograd.grad(similarity.sum(), activations)
         cam = (gradient.mean(dim=(2, 3), keepdim=True) * activations).sum(1).relu().detach()
@@ -257,6 +260,23 @@ def test_command_line_writes_numbers_and_sheets(dataset, runs, tmp_path, capsys)
                 assert 0 <= found["low"] <= found["mean"] <= found["high"] <= 1 and found["count"] == 6
     assert sorted(p.name for p in (tmp_path / "out").glob("*.png")) == ["grounding-01.png", "grounding-02.png"]
     assert "looks at nothing" in capsys.readouterr().out
+
+
+def test_either_layout_gives_the_same_numbers(dataset, runs, tmp_path):
+    (tmp_path / "shards").mkdir()
+    with tarfile.open(tmp_path / "shards" / "0.tar", "w") as archive:
+        for number in range(6):
+            archive.add(dataset / "images" / f"p{number}.png", f"p{number}.png")
+            archive.add(dataset / "saliency" / f"p{number}.png", f"p{number}.saliency.png")
+    tables = []
+    folders = ["--images", str(dataset / "images"), "--saliency", str(dataset / "saliency")]
+    for name, data in (("folders", folders), ("shards", ["--data", str(tmp_path / "shards")])):
+        flags = ["--sheets", "1", "--rows", "2", "--resamples", "10", "--out", str(tmp_path / name)]
+        assert cli.main(["grounding", str(runs[0]), *data, *flags]) == 0
+        tables.append((tmp_path / name / "grounding.csv").read_text())
+    assert tables[0] == tables[1] and tables[0].count("\n") == 1 + 2 * 6
+    sheets = [np.asarray(Image.open(tmp_path / name / "grounding-01.png")) for name in ("folders", "shards")]
+    assert np.array_equal(*sheets)
 
 
 def test_chosen_pictures_have_the_numbers_of_the_whole_run(dataset, runs, tmp_path):

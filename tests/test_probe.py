@@ -93,6 +93,9 @@ def test_results_go_into_the_first_run_or_beside_the_first_file(tmp_path):
     assert pictures.output_folder(None, tmp_path / "run", "probe") == tmp_path / "run" / "probe"
     assert pictures.output_folder(None, tmp_path / "weights.pth", "probe") == tmp_path / "probe"
     assert pictures.output_folder(Path("x"), tmp_path / "run", "probe") == Path("x")
+    assert pictures.open_output(tmp_path / "a" / "b", tmp_path, "x").is_dir()
+    with pytest.raises(UserError, match=r"--out: cannot write into .*weights\.pth"):
+        pictures.open_output(tmp_path / "weights.pth", tmp_path, "x")
 
 
 def test_central_box_is_the_usual_one():
@@ -191,6 +194,38 @@ def test_shards_and_folders_hold_the_same(dataset, tmp_path):
     (tmp_path / "shard-1.tar").write_bytes(b"junk" * 500)
     with pytest.raises(UserError, match=r"shard-1\.tar cannot be read"):
         pictures.ShardPictures(tmp_path)
+
+
+def test_maps_in_foreign_shards_are_read_for_what_they_are_or_refused(tmp_path):
+    salient = np.zeros((4, 6), bool)
+    salient[1:3, 2:5] = True
+    picture, arrays = io.BytesIO(), {
+        "bytes": (255 * salient).astype(np.uint8),
+        "flags": salient,
+        "shares": salient[:, :, None].astype(np.float16),
+        "levels": 255.0 * salient,
+        "colours": np.zeros((4, 6, 3), np.uint8),
+    }  # fmt: skip
+    Image.new("RGB", (6, 4)).save(picture, "PNG")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for key, values in arrays.items():
+            stored = io.BytesIO()
+            np.save(stored, values)
+            image = picture.getvalue() if key != "flags" else b"no image"
+            for suffix, content in (("png", image), ("saliency.npy", stored.getvalue())):
+                info = tarfile.TarInfo(f"{key}.{suffix}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+    opened = pictures.ShardPictures(tmp_path)
+    for index, key in enumerate(("bytes", "flags", "shares")):
+        found = opened.saliency(index)
+        assert opened.names[index] == key and found is not None and found.dtype == np.uint8
+        assert np.array_equal(found, 255 * salient)
+    for index, message in ((3, "the map of levels .*got float64"), (4, r"the map of colours .*got shape \(4, 6, 3\)")):
+        with pytest.raises(UserError, match=message):
+            opened.saliency(index)
+    with pytest.raises(UserError, match=r"s\.tar: the image of flags cannot be decoded"):
+        opened.image(1)
 
 
 # Sheets
@@ -363,6 +398,9 @@ def test_features_are_kept_and_recomputed_when_something_changes(dataset, encode
     assert torch.equal(features.extract(model, opened, **arguments), first) and kept.stat().st_mtime_ns == time
     features.extract(load_encoder(encoders[1]), opened, **arguments)
     assert len(list(tmp_path.iterdir())) == 2
+    other = load_encoder(encoders[0])
+    other.mean = (0.5, 0.5, 0.5)
+    assert not torch.allclose(features.extract(other, opened, **arguments), first)
     kept.write_bytes(b"damaged")
     assert torch.equal(features.extract(model, opened, **arguments), first)
 

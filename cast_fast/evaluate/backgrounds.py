@@ -36,7 +36,7 @@ from torch import Tensor
 from cast_fast.errors import UserError
 from cast_fast.evaluate import figures
 from cast_fast.evaluate.figures import Caption, Picture, Sheet, Swatch
-from cast_fast.evaluate.pictures import batches, output_folder, progress
+from cast_fast.evaluate.pictures import batches, open_output, progress
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
 
@@ -47,6 +47,8 @@ HELP = "measure a classifier on changed backgrounds (the Backgrounds Challenge)"
 VARIANTS = ("original", "mixed_same", "mixed_rand", "mixed_next", "only_fg", "no_fg", "only_bg_b", "only_bg_t")
 MASKS = "fg_mask"
 MAPPING = "in_to_in9.json"
+NINE = ("dog", "bird", "vehicle", "reptile", "carnivore", "insect", "instrument", "primate", "fish")
+"""The official set's classes, to whose order the mapping refers; a folder's name may say more (wheeled vehicle)."""
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif"})
 TITLES = {
     "original": "original",
@@ -144,8 +146,10 @@ def _size(image: Picture) -> str:
     return f"{image.shape[1]}x{image.shape[0]}"
 
 
-def find_mapping(root: Path, mapping: Path | None) -> dict[int, int] | None:
+def find_mapping(root: Path, mapping: Path | None, classes: Sequence[str]) -> dict[int, int] | None:
     """ImageNet class → class of the set, −1 for none: from ``--mapping``, or ``in_to_in9.json`` in or beside the root.
+
+    The latter is left aside, with a warning, where the set's classes are not the official nine.
 
     Raises:
         UserError: the named file is missing or is no such mapping.
@@ -155,6 +159,10 @@ def find_mapping(root: Path, mapping: Path | None) -> dict[int, int] | None:
     if path is None:
         if mapping is not None:
             raise UserError(f"--mapping: {mapping} is missing")
+        return None
+    fits = len(classes) == len(NINE) and all(n in class_name(c).lower() for n, c in zip(NINE, classes))
+    if mapping is None and not fits:
+        logger.warning("%s is left aside: it maps to %s; this set has other classes", path, ", ".join(NINE))
         return None
     try:
         return {int(source): int(target) for source, target in json.loads(path.read_text()).items()}
@@ -176,8 +184,8 @@ def answer_table(model: Model, classes: Sequence[str], mapping: Mapping[int, int
     if outputs == 1000 and len(classes) != 1000:
         if mapping is None:
             raise UserError(
-                f"{model.name}: 1000 ImageNet classes need {MAPPING} of the official Backgrounds Challenge: put it "
-                "beside the data or name it with --mapping"
+                f"{model.name}: 1000 ImageNet classes need a mapping to those of the set: {MAPPING} of the official "
+                "Backgrounds Challenge beside the official data, or --mapping FILE for another set"
             )
         table = np.array([mapping.get(index, -1) for index in range(outputs)], np.int64)
         if table.max() >= len(classes):
@@ -642,12 +650,13 @@ def main(args: argparse.Namespace) -> int:
         if variant.classes != variants["original"].classes:
             raise UserError(f"{args.root / name / 'val'}: its class folders differ from those of original/val")
     models = unique_names([load_encoder(path) for path in args.model])
-    mapping = find_mapping(args.root, args.mapping)
+    mapping = find_mapping(args.root, args.mapping, variants["original"].classes)
     for model in models:
         if model.classifier is None:
             fit_classifier(model, args.root, args.probe_on, device, args.batch, args.seed)
         else:
             answer_table(model, variants["original"].classes, mapping)  # before an hour is spent
+    args.out = open_output(args.out, args.model[0], "backgrounds")
     foregrounds = None
     if args.challenge and "only_bg_t" in variants:
         foregrounds = read_foregrounds(args.root, variants["original"], text="reading foregrounds")
@@ -661,8 +670,6 @@ def main(args: argparse.Namespace) -> int:
         args.batch,
     )
 
-    args.out = output_folder(args.out, args.model[0], "backgrounds")
-    args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"root": str(args.root), "models": {}, "differences": {}}
     for report in reports:
         results["models"][report.model.name] = {

@@ -203,7 +203,12 @@ def make(
     Raises:
         UserError: the folder is not empty, fewer than two classes remain, or a class has no image to test.
     """
-    if out.exists() and any(out.iterdir()):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        occupied = any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be a new folder ({error.strerror or error})") from None
+    if occupied:
         raise UserError(f"--out: {out} is not empty")
     cutouts: dict[int, Cutout] = {}
     left_out: list[tuple[str, str]] = []

@@ -36,8 +36,8 @@ from cast_fast.evaluate.pictures import (
     central_box,
     cut,
     cut_map,
+    open_output,
     open_pictures,
-    output_folder,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean, sign_test
 from cast_fast.evaluate.weights import Model, load_classifier, unique_names
@@ -227,6 +227,7 @@ def main(args: argparse.Namespace) -> int:
     mapping = None if args.mapping is None else _read_mapping(args.mapping)
     rows = [class_rows(model, labels, mapping) for model in models]
 
+    args.out = open_output(args.out, args.first, "downstream")
     decisions: list[list[Decision]] = [[], []]
     scores: list[list[dict[str, float]]] = [[], []]
     for indices, views in batches(chosen, lambda i: read_view(pictures, i, size), args.batch, text="classifying"):
@@ -236,8 +237,6 @@ def main(args: argparse.Namespace) -> int:
             decisions[number] += said
             scores[number] += [score(d.cam, v.mask) if v.mask is not None else {} for d, v in zip(said, views)]
     results = _results(models, decisions, scores, args)
-    args.out = output_folder(args.out, args.first, "downstream")
-    args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "downstream.json").write_text(json.dumps(results, indent=2) + "\n")
     _write_csv(args.out / "downstream.csv", pictures, chosen, models, decisions, scores)
     written = [args.out / "downstream.json", args.out / "downstream.csv"]
@@ -271,7 +270,7 @@ def _chosen(pictures: Pictures, only: Path | None) -> list[int]:
     try:
         with only.open(newline="", encoding="utf-8-sig") as file:
             stems = {row["stem"] for row in csv.DictReader(file)}
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, csv.Error) as error:
         raise UserError(f"--only: {only} cannot be read as CSV with a column stem ({error})") from None
     chosen = [i for i, name in enumerate(pictures.names) if name in stems]
     if not chosen:

@@ -57,8 +57,8 @@ from cast_fast.evaluate.pictures import (
     cell_average,
     cut,
     cut_map,
+    open_output,
     open_pictures,
-    output_folder,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, normalise, unique_names
@@ -488,9 +488,8 @@ def main(args: argparse.Namespace) -> int:
         "iou_share": args.iou_share,
         "tolerance": args.tolerance,
     }
+    args.out = open_output(args.out, args.run[0], "grounding")
     measured = measure(models, pictures, batch=args.batch, **shared)
-    args.out = output_folder(args.out, args.run[0], "grounding")
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {**shared, "device": str(device), "rule": dataclasses.asdict(rule), "resamples": args.resamples}
     results = {
         "pictures": len(pictures) - len(measured.skipped),

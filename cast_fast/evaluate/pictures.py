@@ -7,6 +7,7 @@ on DALI. Geometry is shared by an image and its map, and an EXIF rotation is app
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import io
@@ -15,6 +16,7 @@ import logging
 import os
 import sys
 import tarfile
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -171,19 +173,28 @@ class ShardPictures:
         """The picture in RGB."""
         content = self._bytes(index, "jpg", "jpeg", "png")
         assert content is not None
-        with Image.open(io.BytesIO(content)) as opened:
+        with self._decoding(index, "image"), Image.open(io.BytesIO(content)) as opened:
             return opened.convert("RGB")
 
     def saliency(self, index: int) -> NDArray[np.uint8] | None:
-        """Its map, or None."""
+        """Its map, or None. Arrays may be bytes, booleans, or shares in [0, 1]; (h, w), or with a last axis of one."""
         content = self._bytes(index, "saliency.npy")
         if content is not None:
-            return np.load(io.BytesIO(content), allow_pickle=False).astype(np.uint8)
+            with self._decoding(index, "map"):
+                return _as_map(np.load(io.BytesIO(content), allow_pickle=False))
         content = self._bytes(index, "saliency.png", "saliency.jpg", "saliency.jpeg")
         if content is None:
             return None
-        with Image.open(io.BytesIO(content)) as opened:
+        with self._decoding(index, "map"), Image.open(io.BytesIO(content)) as opened:
             return np.asarray(opened.convert("L"))
+
+    @contextlib.contextmanager
+    def _decoding(self, index: int, part: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError, EOFError, SyntaxError, Image.DecompressionBombError) as error:
+            shard = next(iter(self._members[index].values()))[0]
+            raise UserError(f"{shard}: the {part} of {self.names[index]} cannot be decoded ({error})") from None
 
     def fingerprint(self) -> str:
         """Hash over keys, places and the shards' times of change."""
@@ -191,6 +202,18 @@ class ShardPictures:
                 for name, parts in zip(self.names, self._members)]  # fmt: skip
         times = sorted({p[0].stat().st_mtime_ns for parts in self._members for p in parts.values()})
         return hashlib.sha256(json.dumps([rows, times]).encode()).hexdigest()
+
+
+def _as_map(values: NDArray[Any]) -> NDArray[np.uint8]:
+    if values.ndim == 3 and values.shape[2] == 1:
+        values = values[:, :, 0]
+    if values.ndim != 2:
+        raise ValueError(f"got shape {values.shape}, expected (h, w)")
+    if values.dtype == np.uint8:
+        return values
+    if values.dtype == np.bool_ or (values.dtype.kind == "f" and np.all((values >= 0) & (values <= 1))):
+        return np.round(255 * values.astype(np.float32)).astype(np.uint8)
+    raise ValueError(f"got {values.dtype}, expected uint8, bool, or floating point in [0, 1]")
 
 
 class Selection:
@@ -236,6 +259,22 @@ def output_folder(out: Path | None, first: Path, name: str) -> Path:
     if out is not None:
         return out
     return (run_folder(first) if first.is_dir() else first.parent) / name
+
+
+def open_output(out: Path | None, first: Path, name: str) -> Path:
+    """``output_folder``, made and written to before an hour is spent on results that would have no place.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    folder = output_folder(out, first, name)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"--out: cannot write into {folder} ({error.strerror or error})") from None
+    return folder
 
 
 def open_pictures(

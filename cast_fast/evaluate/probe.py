@@ -28,7 +28,7 @@ from cast_fast.errors import UserError
 from cast_fast.evaluate import finetune, knn, linear_probe
 from cast_fast.evaluate.features import default_cache, extract
 from cast_fast.evaluate.linear_probe import Sweep, hold_out
-from cast_fast.evaluate.pictures import Pictures, add_dataset_arguments, open_pictures, output_folder, read_split
+from cast_fast.evaluate.pictures import Pictures, add_dataset_arguments, open_output, open_pictures, read_split
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
 from cast_fast.export import describe, save_safetensors, trunk_state
@@ -147,8 +147,7 @@ def main(args: argparse.Namespace) -> int:
         "differences": {},
     }
     predicted: dict[str, dict[str, NDArray[np.int64]]] = {}
-    args.out = output_folder(args.out, args.run[0], "probe")
-    args.out.mkdir(parents=True, exist_ok=True)
+    args.out = open_output(args.out, args.run[0], "probe")
     for model in models:
         folder = args.out if len(models) == 1 else args.out / model.name
         found, said = probe(model, pictures, labels, classes, training, test, args, device, folder)
