@@ -227,4 +227,4 @@ def main(args: argparse.Namespace) -> int:
 
 def _sentence(tally: Tally) -> str:
     share, mean = float(np.mean(tally.sharing)), float(np.mean(tally.shared))
-    return f"{share:.1%} of {len(tally.shared)} pairs share salient pixels, on average {mean:.0%} of a picture's"
+    return f"{share:.1%} of {len(tally.shared)} pairs share salient pixels, on average {mean:.0%} of all in the picture"
