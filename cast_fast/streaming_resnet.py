@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from cast_fast import distributed
-from cast_fast.sync_batch_norm import SyncBatchNorm2d, join_statistics, update_running_statistics
+from cast_fast.sync_batch_norm import SyncBatchNorm2d, join_statistics
 from cast_kernels import (
     batch_norm_add_reduce,
     batch_norm_apply,
@@ -40,6 +40,16 @@ from cast_kernels import (
 )
 
 
+class Batch(NamedTuple):
+    """What one BatchNorm has seen of a batch, to be entered into its running statistics."""
+
+    norm: nn.BatchNorm2d
+    moments: Tensor
+    """(2, C): mean and biased variance."""
+    count: int
+    """Values a channel."""
+
+
 class Branches(NamedTuple):
     """A block's output, once for each of its readers; both are the same memory, and neither may be written to."""
 
@@ -47,6 +57,8 @@ class Branches(NamedTuple):
     """For the first convolution of the next block."""
     skip: Tensor
     """For its shortcut."""
+    batches: list[Batch] | None = None
+    """Where the next block leaves its statistics, for whoever enters them; ``None``: it enters them itself."""
 
 
 class StreamingTrunk(nn.Sequential):
@@ -83,8 +95,12 @@ class StreamingTrunk(nn.Sequential):
             return super().forward(images)
         assert isinstance(norm, nn.BatchNorm2d)
         x = self.conv1(images)
-        result = _NormReluPool.apply(x, batch_statistics(norm, x), *_settings(norm))
-        return self.layer4(self.layer3(self.layer2(self.layer1(Branches(*result)))))
+        batches: list[Batch] = []
+        result = _NormReluPool.apply(x, batch_statistics(norm, x, batches), *_settings(norm))
+        activations = self.layer4(self.layer3(self.layer2(self.layer1(Branches(*result, batches)))))
+        # All at once: these are three small vectors a BatchNorm, each otherwise a launch of its own.
+        enter_statistics(batches)
+        return activations
 
 
 class StreamingBlock(nn.Module):
@@ -113,23 +129,28 @@ class StreamingBlock(nn.Module):
 
     def forward(self, inputs: Tensor | Branches) -> Tensor | Branches:
         """(N, C, H, W), once or for each branch → (N, C', H', W'), likewise."""
-        main, skip = inputs if isinstance(inputs, Branches) else (inputs, inputs)
+        main, skip, handed = inputs if isinstance(inputs, Branches) else Branches(inputs, inputs)
         if not all(norm.training for norm in self._norms()):
-            return self._plain(main)
+            result = self._plain(main)
+            return Branches(result, result, handed) if self.splits and handed is not None else result
+        batches: list[Batch] = [] if handed is None else handed
         for number in range(1, self.depth):
             conv, norm = self._layer(number)
             x = conv(main)
-            main = _NormRelu.apply(x, batch_statistics(norm, x), *_settings(norm))
+            main = _NormRelu.apply(x, batch_statistics(norm, x, batches), *_settings(norm))
         conv, norm = self._layer(self.depth)
         x = conv(main)
-        arguments = [self.splits, x, batch_statistics(norm, x), *_settings(norm)]
+        arguments = [self.splits, x, batch_statistics(norm, x, batches), *_settings(norm)]
         if self.projects:
             conv, norm = self._shortcut()
             shortcut = conv(skip)
-            result = _NormAddNormRelu.apply(*arguments, shortcut, batch_statistics(norm, shortcut), *_settings(norm))
+            moments = batch_statistics(norm, shortcut, batches)
+            result = _NormAddNormRelu.apply(*arguments, shortcut, moments, *_settings(norm))
         else:
             result = _NormAddRelu.apply(*arguments, skip)
-        return Branches(*result) if self.splits else result
+        if handed is None:
+            enter_statistics(batches)
+        return Branches(*result, handed) if self.splits else result
 
     def _plain(self, inputs: Tensor) -> Tensor:
         """The block as torchvision writes it."""
@@ -157,12 +178,13 @@ class StreamingBlock(nn.Module):
         return [*norms, self._shortcut()[1]] if self.projects else norms
 
 
-def batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
-    """Mean and biased variance (2, C) of the batch, over all ranks for a ``SyncBatchNorm2d``; updates ``norm``'s own.
+def batch_statistics(norm: nn.BatchNorm2d, x: Tensor, batches: list[Batch]) -> Tensor:
+    """Mean and biased variance (2, C) of the batch, over all ranks for a ``SyncBatchNorm2d``.
 
     Args:
-        norm: in training mode; its running statistics and its count move as in its own forward pass.
+        norm: in training mode.
         x: (n, C, H, W), what it normalises.
+        batches: gets an entry for ``enter_statistics``.
 
     Raises:
         ValueError: a single value a channel, which has no variance.
@@ -173,10 +195,25 @@ def batch_statistics(norm: nn.BatchNorm2d, x: Tensor) -> Tensor:
         if _synced(norm):
             moments = join_statistics(moments)
             count *= distributed.world_size()
-        if count < 2:
-            raise ValueError(f"BatchNorm: got one value a channel (shape {tuple(x.shape)}), expected more in training")
-        update_running_statistics(norm, moments[0], moments[1], count)
+    if count < 2:
+        raise ValueError(f"BatchNorm: got one value a channel (shape {tuple(x.shape)}), expected more in training")
+    batches.append(Batch(norm, moments, count))
     return moments
+
+
+def enter_statistics(batches: list[Batch]) -> None:
+    """Moves running statistics and counts as ``nn.BatchNorm2d`` does in a forward pass, for many of them at once."""
+    groups: dict[tuple[float | None, int], list[Batch]] = {}
+    for batch in batches:
+        groups.setdefault((batch.norm.momentum, batch.count), []).append(batch)
+    with torch.no_grad():
+        for (momentum, count), group in groups.items():
+            norms: list[Any] = [batch.norm for batch in group]
+            moments = [batch.moments.to(norm.running_mean.dtype) for batch, norm in zip(group, norms)]
+            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
+            torch._foreach_lerp_([norm.running_mean for norm in norms], [pair[0] for pair in moments], momentum)
+            unbiased = torch._foreach_mul([pair[1] for pair in moments], count / (count - 1))
+            torch._foreach_lerp_([norm.running_var for norm in norms], unbiased, momentum)
 
 
 def _synced(norm: nn.Module) -> bool:

@@ -98,7 +98,7 @@ def test_block_is_torchvisions(kind: str, splits: bool) -> None:
             loss = (output.main * upstream).sum() + (output.skip * upstream_skip).sum()
         else:
             loss = (output * upstream).sum()
-        main, skip, *found = torch.autograd.grad(loss, [*branches, *streaming.parameters()])
+        main, skip, *found = torch.autograd.grad(loss, [*branches[:2], *streaming.parameters()])
         assert error(output.main if splits else output, y) < EXACT
         assert error(main + skip, expected[0]) < EXACT
         assert main.abs().max() > 0 and skip.abs().max() > 0
