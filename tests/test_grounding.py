@@ -276,7 +276,7 @@ def test_either_layout_gives_the_same_numbers(dataset, runs, tmp_path):
         tables.append((tmp_path / name / "grounding.csv").read_text())
     assert tables[0] == tables[1] and tables[0].count("\n") == 1 + 2 * 6
     sheets = [np.asarray(Image.open(tmp_path / name / "grounding-01.png")) for name in ("folders", "shards")]
-    assert np.array_equal(*sheets)
+    assert np.array_equal(sheets[0], sheets[1])
 
 
 def test_chosen_pictures_have_the_numbers_of_the_whole_run(dataset, runs, tmp_path):

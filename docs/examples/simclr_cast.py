@@ -26,11 +26,10 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--images", type=Path, required=True)
 parser.add_argument("--saliency", type=Path, required=True)
 parser.add_argument("--arch", default="resnet50")
-parser.add_argument("--size", type=int, default=224)
-parser.add_argument("--batch", type=int, default=64)
-parser.add_argument("--steps", type=int, default=1000)
-parser.add_argument("--lam", type=float, default=3.0)
+for name, default in (("size", 224), ("batch", 64), ("steps", 1000)):
+    parser.add_argument(f"--{name}", type=int, default=default)
 args = parser.parse_args()
+device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Pairs(torch.utils.data.Dataset):
@@ -63,8 +62,8 @@ class Pairs(torch.utils.data.Dataset):
 torch.manual_seed(0)
 network = torchvision.models.get_model(args.arch)
 width = network.fc.in_features
-trunk = nn.Sequential(*list(network.children())[:-2])  # everything before pooling
-head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128))
+trunk = nn.Sequential(*list(network.children())[:-2]).to(device)  # everything before pooling
+head = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128)).to(device)
 optimizer = torch.optim.SGD([*trunk.parameters(), *head.parameters()], lr=0.03, momentum=0.9, weight_decay=1e-4)
 
 
@@ -80,10 +79,11 @@ def nt_xent(first, second, temperature=0.2):
     """SimCLR's loss: each of the 2N views has its sister as the positive and all others as negatives."""
     both = torch.cat([first, second])
     logits = (both @ both.T / temperature).fill_diagonal_(float("-inf"))
-    return F.cross_entropy(logits, torch.arange(len(both)).roll(len(first)))
+    return F.cross_entropy(logits, torch.arange(len(both), device=device).roll(len(first)))
 
 
 for step, (views, maps) in enumerate(torch.utils.data.DataLoader(Pairs(), args.batch, drop_last=True)):
+    views, maps = views.to(device), maps.to(device)
     activations, pooled, projection, embedding = encode(views.flatten(0, 1))
     first, second = embedding[::2], embedding[1::2]
     contrastive = nt_xent(first, second)
@@ -92,7 +92,7 @@ for step, (views, maps) in enumerate(torch.utils.data.DataLoader(Pairs(), args.b
     alpha = gradcam_weights(head, pooled[::2], projection[::2], first, target)  # (3) Grad-CAM of their similarity
     saliency = F.adaptive_avg_pool2d(maps[:, :1], activations.shape[2:])[:, 0]
     attention = attention_loss(activations[::2], alpha, saliency).loss.mean()
-    loss = contrastive + args.lam * attention  # (4) look there
+    loss = contrastive + 3.0 * attention  # (4) look there
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
