@@ -20,7 +20,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from cast_fast import cli
-from cast_fast.data import pack_sample, prepare, shards
+from cast_fast.data import decode_check, pack_sample, prepare, shards
 from cast_fast.data.pack_sample import PackRule, decode_stored, shrink_map, store_map, upright
 from cast_fast.data.prepare import Summary
 from cast_fast.errors import UserError
@@ -94,7 +94,8 @@ def write(root: Path, files: Mapping[str, tuple[bytes, bytes | None]]) -> tuple[
 def pack(root: Path, out: str = "out", **options: Any) -> Summary:
     rule = options.pop("rule", PackRule())
     options.setdefault("workers", 1)
-    return prepare.prepare(root / "images", root / "saliency", root / out, rule=rule, **options)
+    saliency = options.pop("saliency", root / "saliency")
+    return prepare.prepare(root / "images", saliency, root / out, rule=rule, **options)
 
 
 def members(folder: Path) -> dict[str, bytes]:
@@ -350,7 +351,7 @@ def test_a_crashing_decoder_costs_one_sample(tmp_path: Path, monkeypatch: pytest
         assert module == "cast_fast.data.pack_sample"
         return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    monkeypatch.setattr(prepare, "start_child", start)
+    monkeypatch.setattr(decode_check, "start_child", start)
     summary = pack(tmp_path)
     assert [(fault.path.name, fault.kind) for fault in summary.rejects] == [("p1.jpg", "decoder-crash")]
     assert summary.samples == 2
@@ -462,7 +463,7 @@ def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": (JPEG, PNG)})
     pack(tmp_path)
     settings = json.loads((tmp_path / "out/manifest.json").read_text())["settings"]
-    with prepare._claimed(tmp_path / "out", settings), pytest.raises(UserError, match="in use by another"):
+    with prepare.claimed(tmp_path / "out", settings), pytest.raises(UserError, match="in use by another"):
         pack(tmp_path)
 
 
@@ -503,6 +504,36 @@ def test_where_maps_come_from_is_taken_over(tmp_path: Path) -> None:
     (saliency / "saliency.json").write_text("[")
     with pytest.raises(UserError, match="expected where the maps come from as JSON"):
         pack(tmp_path, "other")
+
+
+def test_images_alone_are_packed_for_moco(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "labels.csv").write_text("stem,class\na,cat\n")
+    images, _ = write(tmp_path, {"a.jpg": (JPEG, None), "b.jpg": (turned(6), None), "bad.jpg": (JPEG[:900], None)})
+    arguments = [str(images), str(tmp_path / "out"), "--labels", str(tmp_path / "labels.csv"), "--workers", "1"]
+    assert cli.main(["prepare", *arguments, "--images-only"]) == 0
+    assert "2 samples in 1 shards" in capsys.readouterr().out
+    found = members(tmp_path / "out")
+    assert sorted(found) == ["a.cls", "a.jpg", "b.jpg"]
+    assert found["a.jpg"] == JPEG
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["settings"]["maps"] is None
+    assert manifest["source"]["saliency"] is None
+    assert [reject["kind"] for reject in manifest["rejects"]] == ["undecodable"]
+    dataset = shards.scan_shards(tmp_path / "out")
+    assert [(s.stem, s.saliency, s.empty, s.label) for s in dataset.samples] == [
+        ("a", None, False, "cat"), ("b", None, False, None),
+    ]  # fmt: skip
+    assert (dataset.samples[1].width, dataset.samples[1].height) == (HEIGHT, WIDTH)  # turned upright
+    assert dataset.empty_maps() == ()
+    with pytest.raises(UserError, match="without saliency maps"):
+        shards.scan_shards(tmp_path / "out", need_maps=True)
+    assert shards.verify(tmp_path / "out") == []
+
+    assert cli.main(["prepare", *arguments]) == 2
+    assert "--images-only" in capsys.readouterr().err
+    assert cli.main(["prepare", str(images), str(images), str(tmp_path / "out"), "--images-only"]) == 2
+    with pytest.raises(UserError, match="other settings"):
+        pack(tmp_path, saliency=None, rule=PackRule(short_side=16))
 
 
 def test_an_answer_that_ends_early_is_a_crash() -> None:

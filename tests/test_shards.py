@@ -159,7 +159,7 @@ def test_an_index_that_points_elsewhere_is_refused(change: Any, words: str, scen
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: expected a folder made by cast-fast prepare"),
+        (lambda f: (f / "manifest.json").unlink(), "has no manifest.json: shards made elsewhere need an index"),
         (lambda f: (f / "manifest.json").write_text("{"), "manifest.json is damaged"),
         (lambda f: (f / "manifest.json").write_text('{"version": 1, "complete": false}'), "is unfinished"),
         (lambda f: (f / "manifest.json").write_text('{"version": 9, "complete": true}'), "got version 9, expected 1"),
@@ -284,6 +284,16 @@ def test_unconstrained_crops_need_no_map(scenes: Path, folder: Dataset) -> None:
     whole, packed = batches(folder, 2, **options), batches(scan_shards(scenes / "jpeg"), 2, **options)
     assert all(same(first, second) for first, second in zip(whole, packed, strict=True))
     assert packed[0].query_saliency is None
+
+
+def test_shards_of_images_alone_serve_moco_alone(scenes: Path, folder: Dataset, tmp_path: Path) -> None:
+    prepare(scenes / "images", None, tmp_path / "moco", rule=PackRule(), workers=1)
+    dataset = scan_shards(tmp_path / "moco")
+    options = {"constrained": False, "attention": False}
+    whole, packed = batches(folder, 2, **options), batches(dataset, 2, **options)
+    assert all(same(first, second) for first, second in zip(whole, packed, strict=True))
+    with pytest.raises(UserError, match="without saliency maps"):
+        loader(dataset)
 
 
 @pytest.fixture

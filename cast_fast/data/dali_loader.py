@@ -52,7 +52,7 @@ from cast_fast.data.batch import Batch
 from cast_fast.data.layout import Dataset, Member, Sample, read_bytes, shown
 from cast_fast.data.pack_sample import decode_stored
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows, unconstrained_windows
-from cast_fast.data.shards import ShardReader
+from cast_fast.data.shards import ShardReader, missing_maps
 from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
 
@@ -572,7 +572,8 @@ class DaliLoader:
         hw_decoder_load: share of the JPEGs for the GPU's decoding engines, where it has some; None for DALI's own.
 
     Raises:
-        UserError: the dataset is smaller than a global batch; more files than tolerated are broken (from ``next``).
+        UserError: the dataset is smaller than a global batch; shards lack the maps that are needed; more files than
+            tolerated are broken (from ``next``).
         ValueError: another argument is out of range.
     """
 
@@ -622,6 +623,8 @@ class DaliLoader:
         )
         if self._recipe.needs_maps:
             for sample in dataset.samples:
+                if sample.saliency is None and self._recipe.packed:
+                    raise UserError(missing_maps(dataset.images))
                 if sample.saliency is None:
                     raise ValueError(f"{sample.image}: got no saliency map, expected one for constrained or attention")
         self._order = sampling.GlobalOrder(len(dataset.samples), seed, batch, rank, world)

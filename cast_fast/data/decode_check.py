@@ -12,6 +12,7 @@ with 512 zeros, 86 with 64 random bytes, 22 with one flipped bit, and nothing wr
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -20,14 +21,16 @@ import signal
 import subprocess
 import sys
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, TypeVar
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
+
+T = TypeVar("T")
 
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused by their header, before anything is decoded."""
@@ -201,11 +204,47 @@ def map_fits(width: int, height: int, map_width: int, map_height: int) -> bool:
     return map_width <= width and map_height <= height and aspect
 
 
-def _answer(kind: str, path: str, notes: int) -> Reply:
+def check_stored_map(data: bytes, suffix: str, notes: int) -> Reply:
+    """Size and peak of a map in a shard: an 8-bit grey PNG, a grey JPEG, or an uint8 array (H, W) or (H, W, 1).
+
+    Raises:
+        DecodeFault: it is none of these, or damaged.
+    """
+    if suffix == "png":
+        return check_map(data)
+    if suffix == "jpg":
+        decoded = decode_image(data, notes)
+        if decoded.picture.format != "JPEG" or decoded.picture.mode != "L":
+            raise DecodeFault(
+                "map-format", f"is a {decoded.picture.mode} {decoded.picture.format}, expected a grey JPEG"
+            )
+        values = np.asarray(decoded.picture)
+    else:
+        try:
+            values = np.load(io.BytesIO(data), allow_pickle=False)
+        except Exception as error:  # of many kinds, for foreign bytes
+            raise DecodeFault("undecodable", f"is no array of NumPy's: {error}") from None
+        shape = values.shape[:2] if values.ndim == 3 and values.shape[2] == 1 else values.shape
+        if values.dtype != np.uint8 or len(shape) != 2 or not values.size or not values.flags.c_contiguous:
+            raise DecodeFault("map-format", f"is an array {values.dtype} {values.shape}, expected uint8 (H, W)")
+        if values.size > MAX_PIXELS:
+            raise DecodeFault("too-large", f"has {values.size} pixels, at most {MAX_PIXELS} are read")
+    height, width = values.shape[:2]
+    return Reply(width=width, height=height, orientation=1, peak=int(values.max()), kind="", message="")
+
+
+def _answer(request: Sequence[Any], notes: int) -> Reply:
+    kind, path, *place = request
     try:
         with open(path, "rb") as file:
-            data = file.read()
-        return check_image(data, notes) if kind == "image" else check_map(data)
+            if place:
+                file.seek(place[0])
+            data = file.read(*place[1:])
+        if place and len(data) != place[1]:
+            raise DecodeFault("undecodable", "is cut off: the shard ends inside it")
+        if kind == "image":
+            return check_image(data, notes)
+        return check_map(data) if kind == "map" else check_stored_map(data, kind.removeprefix("map-"), notes)
     except DecodeFault as fault:
         found = fault.kind, str(fault)
     except OSError as error:
@@ -224,6 +263,60 @@ def start_child(module: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
     )
+
+
+class ChildCrash(Exception):
+    """A child process ended while it worked on a request, with this exit code; minus a signal's number."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"code {code}")
+        self.code = code
+
+
+class Child:
+    """``python -m MODULE`` as a helper for one request at a time; started when first used, and again after a crash."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+        self._process: subprocess.Popen[bytes] | None = None
+        self._answered = False
+
+    def ask(self, request: Any, read: Callable[[bytes, Callable[[int], bytes]], T]) -> T:
+        """Sends a JSON value and returns what ``read`` makes of the answer's first line and, by its length, the rest.
+
+        Raises:
+            ChildCrash: the process ended over this request; the next one gets a new process.
+            RuntimeError: it ended before it answered at all, which no file explains.
+        """
+        if self._process is None:
+            self._process = start_child(self._module)
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps(request).encode() + b"\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+            if line.endswith(b"\n"):
+                self._answered = True
+                return read(line, process.stdout.read)
+        except (BrokenPipeError, EOFError):
+            pass
+        code = process.wait()
+        self.close()
+        if not self._answered:
+            raise RuntimeError(f"the process of {self._module} ended with code {code} before its first answer")
+        raise ChildCrash(code)
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for pipe in (self._process.stdin, self._process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(BrokenPipeError):  # closing writes what a dead reader left over
+                        pipe.close()
+            self._process = None
 
 
 def serve(answer: Callable[[Any, int], bytes]) -> None:
@@ -247,8 +340,12 @@ def serve(answer: Callable[[Any, int], bytes]) -> None:
 
 
 def main() -> None:
-    """Answers requests ``[kind, path]`` (kind "image" or "map") with a `Reply` each."""
-    serve(lambda request, notes: json.dumps(_answer(request[0], request[1], notes)).encode() + b"\n")
+    """Answers requests with a `Reply` each.
+
+    A request is ``[kind, path]`` or, for a part of a file, ``[kind, path, offset, size]``. Kinds are "image", "map" (a
+    PNG) and, of maps in shards, "map-png", "map-jpg" and "map-npy".
+    """
+    serve(lambda request, notes: json.dumps(_answer(request, notes)).encode() + b"\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import logging
 import os
 import queue
 import stat
-import subprocess
 import threading
 from collections import Counter
 from collections.abc import Generator
@@ -31,7 +30,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cast_fast.data.decode_check import Reply, map_fits, start_child
+from cast_fast.data.decode_check import Child, ChildCrash, Reply, map_fits
 from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
 
@@ -210,41 +209,12 @@ def _stat(root: Path, name: str) -> FoundFile | Fault:
     return FoundFile(path, name, status.st_size, status.st_mtime_ns)
 
 
-class _Decoder:
-    """A child process that decodes files one after another; started when first used, and again after a crash."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._answered = False
-
-    def check(self, kind: str, path: Path) -> Reply:
-        if self._process is None:
-            self._process = start_child("cast_fast.data.decode_check")
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps((kind, str(path))).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = b""
-        if line.endswith(b"\n"):
-            self._answered = True
-            return json.loads(line)
-        code = process.wait()
-        self._process = None
-        if not self._answered:
-            raise RuntimeError(f"the decoder process ended with code {code} before its first answer")
-        message = f"a decoder crashed on it (code {code})"
+def _checked(child: Child, kind: str, path: Path) -> Reply:
+    try:
+        return child.ask((kind, str(path)), lambda line, _: json.loads(line))
+    except ChildCrash as crash:
+        message = f"a decoder crashed on it ({crash})"
         return Reply(width=0, height=0, orientation=1, peak=0, kind="decoder-crash", message=message)
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
 
 
 def _decode(jobs: list[tuple[str, FoundFile]], workers: int) -> Generator[tuple[int, Reply], None, None]:
@@ -255,7 +225,7 @@ def _decode(jobs: list[tuple[str, FoundFile]], workers: int) -> Generator[tuple[
     stopped = threading.Event()
 
     def drive() -> None:
-        decoder = _Decoder()
+        child = Child("cast_fast.data.decode_check")
         try:
             while not stopped.is_set():
                 with lock:
@@ -263,11 +233,11 @@ def _decode(jobs: list[tuple[str, FoundFile]], workers: int) -> Generator[tuple[
                 if number is None:
                     return
                 kind, file = jobs[number]
-                results.put((number, decoder.check(kind, file.path)))
+                results.put((number, _checked(child, kind, file.path)))
         except BaseException as error:  # handed to the caller's thread, which raises it
             results.put(error)
         finally:
-            decoder.close()
+            child.close()
 
     threads = [threading.Thread(target=drive, daemon=True) for _ in range(min(workers, len(jobs)))]
     for thread in threads:

@@ -88,7 +88,8 @@ class Packed(NamedTuple):
     """By content: jpg or png."""
     width: int
     height: int
-    saliency: StoredMap
+    saliency: StoredMap | None
+    """None where images are packed without maps."""
     changes: tuple[str, ...]
     """Any of cmyk, 16-bit, rotated, resized (image); map-16-bit, map-rotated, map-upright, map-larger."""
 
@@ -101,11 +102,11 @@ class SampleFault(Exception):
         self.part, self.kind = part, kind
 
 
-def pack(image: bytes, saliency: bytes, rule: PackRule, notes: int) -> Packed:
+def pack(image: bytes, saliency: bytes | None, rule: PackRule, notes: int) -> Packed:
     """What to store of a sample; see the module's text.
 
     Args:
-        image, saliency: contents of the two files.
+        image, saliency: contents of the two files; None for an image without a map.
         rule: sizes and formats.
         notes: descriptor of a file that receives the process's stderr.
 
@@ -116,9 +117,12 @@ def pack(image: bytes, saliency: bytes, rule: PackRule, notes: int) -> Packed:
     try:
         decoded = decode_image(image, notes)
         part = "map"
-        values = decode_map(saliency, depths=(8, 16))
+        values = None if saliency is None else decode_map(saliency, depths=(8, 16))
     except DecodeFault as fault:
         raise SampleFault(part, fault.kind, str(fault)) from None
+    if saliency is None or values is None:
+        content, suffix, width, height, converted = _stored_image(image, decoded, rule)
+        return Packed(content, suffix, width, height, None, tuple(converted))
     changes = ["map-16-bit"] if _png_depth(saliency) == 16 else []
     salient, turned = _matching(values > THRESHOLD, decoded)
     changes += turned
@@ -245,9 +249,9 @@ def decode_stored(content: bytes, suffix: str) -> NDArray[np.uint8]:
         return np.asarray(picture.convert("L"))
 
 
-def request(image: str, saliency: str, rule: PackRule) -> bytes:
-    """The line that asks the process for a sample."""
-    return json.dumps((image, saliency, asdict(rule))).encode() + b"\n"
+def request(image: str, saliency: str | None, rule: PackRule) -> tuple[str, str | None, dict[str, Any]]:
+    """What asks the process for a sample, by the paths of its files."""
+    return image, saliency, asdict(rule)
 
 
 def _answer(asked: Any, notes: int) -> bytes:
@@ -256,7 +260,7 @@ def _answer(asked: Any, notes: int) -> bytes:
     try:
         content = _read(image)
         part = "map"
-        packed = pack(content, _read(saliency), PackRule(**rule), notes)
+        packed = pack(content, None if saliency is None else _read(saliency), PackRule(**rule), notes)
     except SampleFault as fault:
         return _refusal(fault.part, fault.kind, str(fault))
     except OSError as error:
@@ -265,11 +269,17 @@ def _answer(asked: Any, notes: int) -> bytes:
         return _refusal(part, fault.kind, str(fault))
     except MemoryError:
         return _refusal("image", "too-large", "needs more memory than there is")
-    record = packed._replace(image=b"", saliency=packed.saliency._replace(content=b""))
-    lengths = len(packed.image), len(packed.saliency.content)
-    header = {"lengths": lengths, "suffix": record.suffix, "width": record.width, "height": record.height}
-    header |= {"map": record.saliency[1:], "changes": record.changes}
-    return json.dumps(header).encode() + b"\n" + packed.image + packed.saliency.content
+    stored = packed.saliency
+    maps = b"" if stored is None else stored.content
+    header = {
+        "lengths": (len(packed.image), len(maps)),
+        "suffix": packed.suffix,
+        "width": packed.width,
+        "height": packed.height,
+        "map": None if stored is None else stored[1:],
+        "changes": packed.changes,
+    }
+    return json.dumps(header).encode() + b"\n" + packed.image + maps
 
 
 def _read(path: str) -> bytes:
@@ -294,8 +304,10 @@ def read_answer(line: bytes, read: Callable[[int], bytes]) -> Packed | SampleFau
     if "kind" in answer:
         return SampleFault(answer["part"], answer["kind"], answer["message"])
     image, saliency = (_exactly(length, read) for length in answer["lengths"])
-    suffix, height, width, empty = answer["map"]
-    stored = StoredMap(saliency, suffix, height, width, empty)
+    stored = None
+    if answer["map"] is not None:
+        suffix, height, width, empty = answer["map"]
+        stored = StoredMap(saliency, suffix, height, width, empty)
     return Packed(image, answer["suffix"], answer["width"], answer["height"], stored, tuple(answer["changes"]))
 
 

@@ -1,4 +1,4 @@
-"""Pack a folder dataset into shards: ``cast-fast prepare IMAGES SALIENCY OUT``.
+"""Pack a folder dataset into shards: ``cast-fast prepare IMAGES SALIENCY OUT``, or ``IMAGES OUT --images-only``.
 
 Every image and map is decoded completely on the way, in processes of their own; what is faulty stays out and is named
 in ``OUT/manifest.json`` with the reason. See ``pack_sample`` for what is stored of a sample and ``shards`` for the
@@ -25,11 +25,9 @@ import logging
 import os
 import platform
 import queue
-import subprocess
 import tarfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,10 +38,10 @@ import PIL
 
 from cast_fast import __version__
 from cast_fast.data import shards
-from cast_fast.data.decode_check import start_child
+from cast_fast.data.decode_check import Child, ChildCrash
 from cast_fast.data.layout import Fault, Pair, find_pairs, read_labels, shown
 from cast_fast.data.pack_sample import MAP_FORMATS, MAP_QUALITY, Packed, PackRule, SampleFault, read_answer, request
-from cast_fast.data.progress import show_progress
+from cast_fast.data.progress import ordered_map, show_progress
 from cast_fast.errors import UserError
 
 HELP = "pack images and maps into WebDataset shards"
@@ -75,7 +73,7 @@ class Summary:
 
 def prepare(
     images: Path,
-    saliency: Path,
+    saliency: Path | None,
     out: Path,
     *,
     rule: PackRule,
@@ -87,7 +85,7 @@ def prepare(
     """Packs a folder dataset; goes on where an earlier run with the same settings stopped.
 
     Args:
-        images, saliency: folders as in ``layout.scan``.
+        images, saliency: folders as in ``layout.scan``; without maps the shards serve only methods that need none.
         out: folder for the shards, made if absent.
         rule: what is stored of a sample.
         labels: CSV file ``stem,class``; becomes ``KEY.cls``, the number of the class in the manifest's ``classes``.
@@ -108,18 +106,22 @@ def prepare(
     if classes is not None and pairs and not any(pair.stem in classes for pair in pairs):
         raise UserError(f"{shown(labels or '')} names no image, for example not {shown(pairs[0].stem)!r}")
     settings: dict[str, Any] = {
-        "maps": {"side": rule.map_side, "format": rule.map_format},
+        "maps": None if saliency is None else {"side": rule.map_side, "format": rule.map_format},
         "images": {"short_side": rule.short_side, "quality": rule.quality if rule.short_side else None},
         "shard_samples": shard_samples,
     }
-    if rule.map_format == "jpeg":
+    if saliency is not None and rule.map_format == "jpeg":
         settings["maps"]["quality"] = MAP_QUALITY
     manifest: dict[str, Any] = {
         "version": shards.VERSION,
         "complete": False,
         "settings": settings,
         "classes": sorted(set(classes.values())) if classes else None,
-        "source": {"images": str(images), "saliency": str(saliency), "maps": _map_source(saliency)},
+        "source": {
+            "images": str(images),
+            "saliency": None if saliency is None else str(saliency),
+            "maps": None if saliency is None else _map_source(saliency),
+        },
         "tools": {
             "cast_fast": __version__,
             "python": platform.python_version(),
@@ -128,10 +130,16 @@ def prepare(
             "pillow": PIL.__version__,
         },
     }
+    with writing(out), claimed(out, settings):
+        write_whole(out / shards.MANIFEST, to_json(manifest))
+        return _fill(out, manifest, pairs, faults, classes or {}, rule, workers, progress)
+
+
+@contextlib.contextmanager
+def writing(out: Path) -> Iterator[None]:
+    """Turns failures of writing below ``out`` into a line for the user."""
     try:
-        with _claimed(out, settings):
-            _write(out / shards.MANIFEST, _json(manifest))
-            return _fill(out, manifest, pairs, faults, classes or {}, rule, workers, progress)
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space left; the shards that are complete stay, run the same command again to go on"
@@ -156,7 +164,7 @@ def _map_source(saliency: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
+def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
     """Holds the folder for this process; removes what a killed run left half-written."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{shown(out)} is not a folder")
@@ -225,8 +233,7 @@ def _plan(group: list[Pair], rule: PackRule, classes: dict[str, str], names: lis
     """A hash of everything that a shard's content depends on, as far as it can be told without reading the files."""
     rows = []
     for stem, image, saliency in group:
-        assert saliency is not None
-        rows.append((stem, image[1:], saliency[1:], classes.get(stem)))
+        rows.append((stem, image[1:], None if saliency is None else saliency[1:], classes.get(stem)))
     content = json.dumps((shards.VERSION, __version__, asdict(rule), names, rows))
     return hashlib.sha256(content.encode()).hexdigest()
 
@@ -251,71 +258,28 @@ def _remove_surplus(out: Path, names: set[str]) -> None:
             path.unlink()
 
 
-class _Packer:
-    """A process that packs samples one after another; started when first used, and again after a crash."""
-
-    def __init__(self) -> None:
-        self._process: subprocess.Popen[bytes] | None = None
-        self._answered = False
-
-    def pack(self, pair: Pair, rule: PackRule) -> Packed | SampleFault:
-        assert pair.saliency is not None
-        if self._process is None:
-            self._process = start_child("cast_fast.data.pack_sample")
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(request(str(pair.image.path), str(pair.saliency.path), rule))
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if line.endswith(b"\n"):
-                self._answered = True
-                return read_answer(line, process.stdout.read)
-        except (BrokenPipeError, EOFError):
-            pass
-        code = process.wait()
-        self._process = None
-        if not self._answered:
-            raise RuntimeError(f"the packing process ended with code {code} before its first answer")
-        return SampleFault("image", "decoder-crash", f"a decoder crashed on it or on its map (code {code})")
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    pipe.close()
-
-
 def _packed(pairs: Sequence[Pair], rule: PackRule, workers: int) -> Generator[Packed | SampleFault, None, None]:
-    """Results in the order of the pairs, made by ``workers`` processes a bounded stretch ahead."""
+    """Results in the order of the pairs, made by ``workers`` processes."""
     workers = max(1, min(workers, len(pairs)))
-    packers = [_Packer() for _ in range(workers)]
-    free: queue.SimpleQueue[_Packer] = queue.SimpleQueue()
-    for packer in packers:
-        free.put(packer)
+    free: queue.SimpleQueue[Child] = queue.SimpleQueue()
+    for _ in range(workers):
+        free.put(Child("cast_fast.data.pack_sample"))
 
     def work(pair: Pair) -> Packed | SampleFault:
-        packer = free.get()
+        child = free.get()
         try:
-            return packer.pack(pair, rule)
+            maps = None if pair.saliency is None else str(pair.saliency.path)
+            return child.ask(request(str(pair.image.path), maps, rule), read_answer)
+        except ChildCrash as crash:
+            return SampleFault("image", "decoder-crash", f"a decoder crashed on it or on its map ({crash})")
         finally:
-            free.put(packer)
+            free.put(child)
 
-    pool = ThreadPoolExecutor(workers)
-    pending: deque[Future[Packed | SampleFault]] = deque()
     try:
-        for pair in pairs:
-            pending.append(pool.submit(work, pair))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        yield from ordered_map(work, pairs, workers)
     finally:
-        pool.shutdown(cancel_futures=True)
-        for packer in packers:
-            packer.close()
+        for _ in range(workers):
+            free.get().close()
 
 
 class _TarWriter:
@@ -381,7 +345,7 @@ def _write_shard(
         (out / f"{name}.json").unlink(missing_ok=True)  # from here on the shard counts as incomplete
         if rows:
             os.replace(part, tar)
-            _write(out / f"{name}.idx", (f"v1.2 {len(lines)}\n" + "".join(lines)).encode())
+            write_whole(out / f"{name}.idx", (f"v1.2 {len(lines)}\n" + "".join(lines)).encode())
         else:
             tar.unlink(missing_ok=True)
             (out / f"{name}.idx").unlink(missing_ok=True)
@@ -392,12 +356,18 @@ def _write_shard(
         "plan": plan,
         "bytes": writer.bytes if rows else 0,
         "sha256": digest if rows else None,
-        "columns": ["stem", ["suffix", "offset", "size", "width", "height"], "the same of the map", "empty", "class"],
+        "columns": [
+            "stem",
+            ["suffix", "offset", "size", "width", "height"],
+            "the same of the map, if any",
+            "empty",
+            "class",
+        ],
         "samples": rows,
         "changes": dict(sorted(changes.items())),
         "rejects": rejects,
     }
-    _write(out / f"{name}.json", _json(index))
+    write_whole(out / f"{name}.json", to_json(index))
 
 
 def _add_sample(
@@ -405,12 +375,16 @@ def _add_sample(
 ) -> tuple[list[Any], str]:
     """Appends a sample; returns its row of our index and its line of DALI's."""
     key, stored = shards.key_of(stem), packed.saliency
-    members = [(packed.suffix, packed.image), (f"saliency.{stored.suffix}", stored.content)]
+    members = [(packed.suffix, packed.image)]
+    if stored is not None:
+        members.append((f"saliency.{stored.suffix}", stored.content))
     if label is not None:
         members.append(("cls", str(numbers[label]).encode()))
     places = [(suffix, writer.add(f"{key}.{suffix}", content), len(content)) for suffix, content in members]
     line = " ".join(f"{suffix} {offset} {size} {key}.{suffix}" for suffix, offset, size in places)
     image = shards.Entry(*places[0], packed.width, packed.height)
+    if stored is None:
+        return [stem, image, None, False, label], line + "\n"
     saliency = shards.Entry(*places[1], stored.width, stored.height)
     return [stem, image, saliency, stored.empty, label], line + "\n"
 
@@ -425,7 +399,7 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], faults: list[
     """Gathers the shards' indices into the manifest."""
     records: list[dict[str, Any]] = []
     changes: Counter[str] = Counter()
-    images, saliency = Path(manifest["source"]["images"]), Path(manifest["source"]["saliency"])
+    images, maps = Path(manifest["source"]["images"]), manifest["source"]["saliency"]
     rejects = list(faults)
     empty = 0
     for name in names:
@@ -436,7 +410,7 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], faults: list[
         changes.update(index["changes"])
         empty += sum(row[3] for row in index["samples"])
         for reject in index["rejects"]:
-            root = images if reject["part"] == "image" else saliency
+            root = images if reject["part"] == "image" else Path(maps)
             rejects.append(Fault(root / reject["path"], reject["kind"], reject["message"]))
     rejects.sort(key=lambda fault: str(fault.path))
     samples = sum(record["samples"] for record in records)
@@ -463,15 +437,15 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], faults: list[
         raise UserError(f"no sample could be packed, {len(rejects)} were rejected: for example {rejects[0]}")
     manifest["complete"] = True
     manifest["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    _write(out / shards.MANIFEST, _json(manifest))
+    write_whole(out / shards.MANIFEST, to_json(manifest))
     return summary
 
 
-def _json(content: Any) -> bytes:
+def to_json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode() if "settings" in content else json.dumps(content).encode()
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
     """Writes a file whole or not at all, and to the disk before it has its name."""
     part = path.with_name(f".prepare-{path.name}.part")
     try:
@@ -492,8 +466,16 @@ def _write(path: Path, content: bytes) -> None:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of ``cast-fast prepare``."""
     parser.add_argument("images", type=Path, metavar="IMAGES", help="folder of images")
-    parser.add_argument("saliency", type=Path, metavar="SALIENCY", help="folder of saliency maps")
+    parser.add_argument("saliency", type=Path, nargs="?", metavar="SALIENCY", help="folder of saliency maps")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder for the shards; run again to go on")
+    parser.add_argument(
+        "--images-only", action="store_true", help="pack no maps, for pretrain --method moco; SALIENCY is left out"
+    )
+    parser.add_argument(
+        "--index-only",
+        action="store_true",
+        help="IMAGES holds WebDataset shards made elsewhere, OUT gets an index of them for pretrain --data OUT",
+    )
     parser.add_argument("--labels", type=Path, metavar="CSV", help="file with columns stem,class")
     parser.add_argument(
         "--short-side", type=int, default=0, help="shrink larger images to this side; 0 keeps all bytes"
@@ -505,13 +487,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", type=int, help="decoding processes; one for each CPU when absent")
 
 
-def main(args: argparse.Namespace) -> int:
-    """Runs ``cast-fast prepare``; returns 0 also where files were rejected, which it counts and names."""
+def _index_only(args: argparse.Namespace) -> Summary:
+    from cast_fast.data.index_shards import index_shards  # which uses what this module defines
+
+    if args.saliency is not None or args.images_only or args.labels is not None or args.short_side:
+        raise UserError("--index-only packs nothing: expected SHARDS INDEX --index-only, and perhaps --workers")
+    return index_shards(args.images, args.out, workers=args.workers, progress=True)
+
+
+def _packed_as_told(args: argparse.Namespace) -> Summary:
     try:
         rule = PackRule(args.map_side, args.map_format, args.short_side, args.quality)
     except ValueError as error:
         raise UserError(f"--{str(error).replace('_', '-', 1)}") from None
-    summary = prepare(
+    if args.images_only and args.saliency is not None:
+        raise UserError("--images-only: got SALIENCY as well, expected IMAGES OUT")
+    if args.saliency is None and not args.images_only:
+        raise UserError("got two folders, expected IMAGES SALIENCY OUT, or IMAGES OUT --images-only")
+    return prepare(
         args.images,
         args.saliency,
         args.out,
@@ -521,9 +514,15 @@ def main(args: argparse.Namespace) -> int:
         workers=args.workers,
         progress=True,
     )
+
+
+def main(args: argparse.Namespace) -> int:
+    """Runs ``cast-fast prepare``; returns 0 also where files were rejected, which it counts and names."""
+    summary = _index_only(args) if args.index_only else _packed_as_told(args)
     kept = f", {summary.kept} of them from an earlier run" if summary.kept else ""
     size = summary.bytes / 1e6
-    print(f"{summary.samples} samples in {summary.shards} shards ({size:.1f} MB){kept}: {shown(summary.out)}")
+    where = "index in " if args.index_only else ""
+    print(f"{summary.samples} samples in {summary.shards} shards ({size:.1f} MB){kept}: {where}{shown(summary.out)}")
     for change, count in summary.changes.items():
         print(f"{change}: {count}")
     if summary.empty:

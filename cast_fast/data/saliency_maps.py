@@ -26,9 +26,8 @@ import json
 import logging
 import os
 import threading
-from collections import Counter, deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,7 +41,7 @@ from cast_fast import __version__
 from cast_fast.data.decode_check import MAX_PIXELS
 from cast_fast.data.layout import Fault, FoundFile, find_pairs, shown
 from cast_fast.data.prepare import SOURCE_FILE
-from cast_fast.data.progress import show_progress
+from cast_fast.data.progress import ordered_map, show_progress
 from cast_fast.errors import UserError
 
 HELP = "make saliency maps of images"
@@ -351,7 +350,8 @@ def make_maps(
         files = [pair.image for pair in pairs]
         todo = [file for file in files if not _is_made(file, _target(out, file))]
         written = empty = 0
-        results = _made(todo, out, method, workers or len(os.sched_getaffinity(0)))
+        count = workers or len(os.sched_getaffinity(0))
+        results = ordered_map(lambda file: _make(file, out, method), todo, count)
         with contextlib.closing(results):
             for result in show_progress(results, "Making maps", len(todo), progress):
                 if isinstance(result, Fault):
@@ -412,22 +412,8 @@ def _replace(path: Path, content: bytes) -> None:
         raise
 
 
-def _made(files: Sequence[FoundFile], out: Path, method: Method, workers: int) -> Generator[bool | Fault, None, None]:
-    """For each file, in order, whether its map is empty, or why there is none."""
-    pool = ThreadPoolExecutor(workers)
-    pending: deque[Future[bool | Fault]] = deque()
-    try:
-        for file in files:
-            pending.append(pool.submit(_make, file, out, method))
-            if len(pending) > 4 * workers:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
 def _make(file: FoundFile, out: Path, method: Method) -> bool | Fault:
+    """Writes a file's map; whether the map is empty, or why there is none."""
     try:
         image = _read_rgb(file.path)
         mask = method.map_of(file, image)

@@ -1,14 +1,15 @@
 """Layout (b): a dataset packed into WebDataset shards by ``prepare``, read in random access.
 
 A folder holds, for each shard, ``shard-000000.tar`` with the members ``KEY.jpg`` (or ``.png``), ``KEY.saliency.jpg``
-(or ``.npy``, ``.png``) and perhaps ``KEY.cls`` of one sample after another; ``shard-000000.idx``, where the members
-lie, as DALI's ``readers.webdataset`` wants it; and ``shard-000000.json``, our index, which also knows sizes, labels and
-which maps are empty. ``manifest.json`` describes the whole.
+(or ``.npy``, ``.png``; none in a dataset of images alone) and perhaps ``KEY.cls`` of one sample after another;
+``shard-000000.idx``, where the members lie, as DALI's ``readers.webdataset`` wants it; and ``shard-000000.json``, our
+index, which also knows sizes, labels and which maps are empty. ``manifest.json`` describes the whole.
 
 Training does not stream shards. `scan_shards` gives the same kind of `Dataset` as a folder pair, in the same order, and
 the loader reads members by their place in the file: one global order per seed and epoch then holds for both layouts,
 for any number of ranks and threads, and a run goes on in mid-epoch from the step number alone. The price is random
-access: shards should lie on a local disk, or fit in the page cache.
+access: shards should lie on a local disk, or fit in the page cache. Shards made elsewhere have no such index;
+``index_shards`` writes one into another folder, whose manifest then says where they lie.
 """
 
 from __future__ import annotations
@@ -79,9 +80,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         manifest = json.loads(path.read_bytes())
         version, complete = manifest["version"], manifest["complete"]
     except FileNotFoundError:
-        raise UserError(
-            f"--data: {shown(folder)} has no {MANIFEST}: expected a folder made by cast-fast prepare"
-        ) from None
+        hint = "expected a folder made by cast-fast prepare"
+        if any(folder.glob("*.tar")):
+            hint = "shards made elsewhere need an index: cast-fast prepare SHARDS INDEX --index-only, then --data INDEX"
+        raise UserError(f"--data: {shown(folder)} has no {MANIFEST}: {hint}") from None
     except OSError as error:
         raise UserError(f"cannot read {shown(path)}: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -95,7 +97,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def scan_shards(folder: Path, *, labels: Path | None = None) -> Dataset:
+def missing_maps(folder: Path) -> str:
+    """What to say of shards without maps where maps are needed."""
+    return f"--data: {shown(folder)} was packed without saliency maps (--images-only): only --method moco needs none"
+
+
+def scan_shards(folder: Path, *, labels: Path | None = None, need_maps: bool = False) -> Dataset:
     """The samples of a folder that ``prepare`` has written, in the order of their stems.
 
     Nothing is decoded: that was done when the dataset was packed. Each shard must have the recorded size; `verify`
@@ -104,15 +111,17 @@ def scan_shards(folder: Path, *, labels: Path | None = None) -> Dataset:
     Args:
         folder: holds the shards.
         labels: CSV file ``stem,class`` instead of the labels that were packed.
+        need_maps: refuse a dataset that was packed without maps.
 
     Raises:
-        UserError: no finished dataset lies there, a shard is missing or damaged, or the labels are faulty.
+        UserError: no finished dataset lies there, a shard is missing or damaged, the labels are faulty, or there are no
+            maps where they are needed.
     """
     manifest = read_manifest(folder)
     classes = None if labels is None else read_labels(labels)
     samples: list[Sample] = []
     for record in _shard_records(folder, manifest):
-        samples += _samples(folder, record)
+        samples += _samples(folder, record, _tar(folder, manifest, record))
     samples.sort(key=lambda sample: sample.stem)
     if not samples:
         raise UserError(f"--data: {shown(folder)} holds no sample")
@@ -123,8 +132,10 @@ def scan_shards(folder: Path, *, labels: Path | None = None) -> Dataset:
                 f"the shards have {shown(samples[0].stem)!r}"
             )
         samples = [_labelled(sample, classes.get(sample.stem)) for sample in samples]
-    packing = json.dumps(manifest["settings"].get("maps"), sort_keys=True)
-    return Dataset(tuple(samples), (), folder, folder, packing=packing)
+    maps = manifest["settings"].get("maps")
+    if need_maps and any(sample.saliency is None for sample in samples):
+        raise UserError(missing_maps(folder))
+    return Dataset(tuple(samples), (), folder, folder if maps else None, packing=json.dumps(maps, sort_keys=True))
 
 
 def _labelled(sample: Sample, label: str | None) -> Sample:
@@ -144,8 +155,13 @@ def _shard_records(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any
         for record in records:
             if SHARD_NAME.fullmatch(record["name"]) is None:
                 raise ValueError(f"{record['name']!a} is no name of a shard")
-            path = folder / f"{record['name']}.tar"
+            path = _tar(folder, manifest, record)
             size = path.stat().st_size
+            if "file" in record and size != record["bytes"]:
+                raise UserError(
+                    f"{shown(path)} is not what was indexed: it has {size} bytes, expected {record['bytes']}; run the "
+                    "same cast-fast prepare --index-only again"
+                )
             if size != record["bytes"]:
                 raise UserError(
                     f"{shown(path)} is damaged: it has {size} bytes, expected {record['bytes']}; delete it and run "
@@ -160,10 +176,19 @@ def _shard_records(folder: Path, manifest: dict[str, Any]) -> list[dict[str, Any
     return records
 
 
-def _samples(folder: Path, record: dict[str, Any]) -> list[Sample]:
+def _tar(folder: Path, manifest: dict[str, Any], record: dict[str, Any]) -> Path:
+    """Where a shard lies: beside its index, or, made elsewhere and only indexed here, in the folder of its source."""
+    if "file" not in record:
+        return folder / f"{record['name']}.tar"
+    name = record["file"]
+    if not is_below_root(name) or "/" in name:
+        raise ValueError(f"{name!a} is no name of a file")
+    return Path(manifest["source"]["shards"]) / name
+
+
+def _samples(folder: Path, record: dict[str, Any], shard: Path) -> list[Sample]:
     """The samples of one shard from its index, whose hash the manifest knows."""
     path = folder / f"{record['name']}.json"
-    shard = folder / f"{record['name']}.tar"
     try:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record["index_sha256"]:
@@ -179,21 +204,26 @@ def _samples(folder: Path, record: dict[str, Any]) -> list[Sample]:
 
 def _sample(shard: Path, shard_size: int, row: list[Any]) -> Sample:
     stem, image, saliency, empty, label = row
-    key, image, saliency = key_of(stem), Entry(*image), Entry(*saliency)
+    key, image, saliency = key_of(stem), Entry(*image), None if saliency is None else Entry(*saliency)
     for entry, suffixes in ((image, IMAGE_SUFFIXES), (saliency, MAP_SUFFIXES)):
+        if entry is None:
+            continue
         if entry.suffix not in suffixes or not 0 <= entry.offset <= entry.offset + entry.size <= shard_size:
             raise ValueError(f"the entry of {key} is out of range")
-    if min(image.width, image.height, saliency.width, saliency.height) < 1:
-        raise ValueError(f"the entry of {key} has no size")
+        if min(entry.width, entry.height) < 1:
+            raise ValueError(f"the entry of {key} has no size")
+    map_member = None
+    if saliency is not None:
+        map_member = Member(shard, f"{key}.{saliency.suffix}", saliency.offset, saliency.size)
     return Sample(
         stem=stem,
         image=Member(shard, f"{key}.{image.suffix}", image.offset, image.size),
-        saliency=Member(shard, f"{key}.{saliency.suffix}", saliency.offset, saliency.size),
+        saliency=map_member,
         width=image.width,
         height=image.height,
         empty=bool(empty),
         label=label,
-        map_shape=(saliency.height, saliency.width),
+        map_shape=None if saliency is None else (saliency.height, saliency.width),
     )
 
 
@@ -204,11 +234,12 @@ def verify(folder: Path) -> list[Fault]:
         UserError: as `scan_shards`.
     """
     faults = []
-    for record in _shard_records(folder, read_manifest(folder)):
-        path = folder / f"{record['name']}.tar"
+    manifest = read_manifest(folder)
+    for record in _shard_records(folder, manifest):
+        path = _tar(folder, manifest, record)
         try:
             with path.open("rb") as file:
-                digest = _sha256(file)
+                digest = sha256_of(file)
         except OSError as error:
             faults.append(Fault(path, "unreadable", f"cannot be read: {error.strerror or error}"))
             continue
@@ -217,7 +248,8 @@ def verify(folder: Path) -> list[Fault]:
     return faults
 
 
-def _sha256(file: Any) -> str:
+def sha256_of(file: Any) -> str:
+    """Of what is left to read of a binary file, in hexadecimal."""
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
         digest.update(block)
