@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import threading
 from pathlib import Path
 
 import claim
@@ -75,6 +77,19 @@ def test_what_the_loss_optimises_alone_convinces_nobody(wanted, opening):
     only = {**calm, claim.TRAINED_FOR[0]: {"verdict": "better"}}
     assert claim.conclusion(only).startswith("No clear effect")
     assert claim.conclusion({**only, "linear_free": {"verdict": wanted}}).startswith(opening)
+
+
+def test_a_worker_does_not_outlive_its_parent(monkeypatch):
+    left = threading.Event()
+    monkeypatch.setattr(claim.os, "_exit", lambda code: left.set())
+    parent = os.getppid()
+    alive = [parent]
+    monkeypatch.setattr(claim.os, "getppid", lambda: alive[0])
+    monkeypatch.setattr(claim.time, "sleep", lambda seconds: left.wait(0.01))
+    claim._end_with(parent)
+    assert not left.wait(0.1)
+    alive[0] = 1
+    assert left.wait(10)
 
 
 def test_full_and_quick_exclude_each_other(tmp_path, capsys):
