@@ -142,7 +142,8 @@ class PretrainConfig:
     collective_timeout: float = option(
         600.0, "seconds that ranks wait for each other before they give up", resumable=True
     )
-    """Then every rank that waits ends with an error; the first steps, which compile, must fit in."""
+    """Then every rank that waits ends with an error; the first steps, which compile, must fit in, and a
+    rank's file of a checkpoint."""
     compile: bool = option(True, "compile the step with torch.compile")
     """The eager step is slower and computes the same."""
     batch_norm: str = option(
