@@ -67,7 +67,7 @@ from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import cosine_lr
 from cast_fast.parallel import RankSettings
-from cast_fast.step import TrainStep, compile_fault
+from cast_fast.step import TrainStep, compile_fault, resolve_queue_dtype
 
 if TYPE_CHECKING:
     from cast_fast.data.dali_loader import DaliLoader
@@ -195,7 +195,13 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
 
         _seed_everything(config.seed)
         model = MoCo(
-            config.arch, config.dim, config.head, config.queue_size, config.seed, batch_norm=config.batch_norm
+            config.arch,
+            config.dim,
+            config.head,
+            config.queue_size,
+            config.seed,
+            batch_norm=config.batch_norm,
+            queue_dtype=resolve_queue_dtype(config.queue_dtype, config.precision, device, kernels),
         ).to(device)
         optimizer, chosen = build_sgd(
             model.query.parameters(), config.lr, config.sgd_momentum, config.weight_decay, apex=config.apex
@@ -366,7 +372,7 @@ def _load_dataset(config: PretrainConfig) -> layout.Dataset:
     if config.images is None:
         assert config.data is not None  # checked when the run began
         on_empty = config.on_empty_saliency if config.needs_saliency else "unconstrained"
-        dataset = shards.scan_shards(config.data)
+        dataset = shards.scan_shards(config.data, need_maps=config.needs_saliency)
         return layout.usable(dataset, skip_invalid=config.skip_invalid, on_empty_saliency=on_empty)
     maps = config.saliency if config.needs_saliency else None
     dataset = layout.scan(config.images, maps, progress=sys.stderr.isatty())
