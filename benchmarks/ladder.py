@@ -17,16 +17,23 @@ and beside them
 ``trunk-bound``    compiled: one trunk forward and backward, two forwards; nothing else. No CAST step can be faster
                    without a faster trunk
 ``trunk-streaming``  the same with streaming BatchNorm: how much faster the trunk itself gets
+
+and on request
+
+``plain-compiled``  ``one-pass`` compiled: what torch alone makes of the step. A gradient inside the forward pass needs
+                    a setting of torch 2.14 that is off by default (``torch._dynamo.config.trace_autograd_ops``)
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Callable
 
 import harness
 import torch
+import torch._dynamo.config
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -43,7 +50,10 @@ from cast_kernels import reference
 LADDER = ("published", "published-amp", "one-pass", "closed-form", "compiled", "kernels", "streaming")
 BESIDE = ("moco", "trunk-bound", "trunk-streaming")
 
-COMPILED = ("compiled", "kernels", "streaming", "moco", "trunk-bound", "trunk-streaming")
+ON_REQUEST = ("plain-compiled",)
+"""Lines that a run measures only where ``--variants`` names them: compiling takes as long as the rest together."""
+
+COMPILED = ("compiled", "kernels", "streaming", "moco", "trunk-bound", "trunk-streaming", "plain-compiled")
 """Lines that ``torch.compile`` compiles when they first run."""
 
 STREAMING = ("streaming", "trunk-streaming")
@@ -60,6 +70,7 @@ TRUNK_UNITS = {
     "moco": 4,
     "trunk-bound": 5,
     "trunk-streaming": 5,
+    "plain-compiled": 5,
 }
 """Work of a line in trunk forwards, a backward counted as two."""
 
@@ -177,6 +188,8 @@ def settings_from(args: argparse.Namespace) -> Settings:
 
 def absent(name: str, settings: Settings) -> str | None:
     """Why a line cannot be there, or None."""
+    if name == "plain-compiled" and not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+        return f"torch {torch.__version__} cannot compile a gradient inside the step"
     if settings.device.type == "cuda":
         return None
     if name == "kernels":
@@ -190,7 +203,7 @@ def build(name: str, settings: Settings) -> Built:
     """Builds one line: its own model and optimizer on the device, and one fixed batch of noise."""
     if name in ("trunk-bound", "trunk-streaming"):
         return _trunk_bound(name, settings)
-    if name in ("published", "published-amp", "one-pass"):
+    if name in ("published", "published-amp", "one-pass", "plain-compiled"):
         return _formulation(name, settings)
     return _product(name, settings)
 
@@ -248,9 +261,9 @@ def _product(name: str, settings: Settings) -> Built:
 
 
 def _formulation(name: str, settings: Settings) -> Built:
-    """A line around a formulation of ``cast_kernels.reference``, eager."""
+    """A line around a formulation of ``cast_kernels.reference``; eager but for ``plain-compiled``."""
     config = settings.config
-    published = name != "one-pass"
+    published = name not in ("one-pass", "plain-compiled")
     layout = torch.contiguous_format if name == "published" else torch.channels_last
     half = settings.line_precision(name) == "bf16"
     model = _model(name, settings).to(memory_format=layout).train()
@@ -271,16 +284,22 @@ def _formulation(name: str, settings: Settings) -> Built:
     def normalise(images: Tensor) -> Tensor:
         return images.float() * scale + shift
 
-    def step() -> Tensor:
-        optimizer.zero_grad(set_to_none=True)
+    def losses_of(query: Tensor, key: Tensor, mask: Tensor, saliency: Tensor) -> reference.StepLosses:
         key_images = normalise(key)
         masked = torch.where(mask[:, None] > 0, key_images, 0)
         with torch.autocast(settings.device.type, dtype=torch.bfloat16, enabled=half):
             inputs = (model.query, model.key, model.queue.keys, normalise(query), key_images, masked, saliency)
             if published:
-                losses = reference.published_step_losses(*inputs, **weights, momentum=config.momentum)
-            else:
-                losses = reference.one_pass_step_losses(*inputs, **weights)
+                return reference.published_step_losses(*inputs, **weights, momentum=config.momentum)
+            return reference.one_pass_step_losses(*inputs, **weights)
+
+    compiled = name == "plain-compiled"
+    evaluate = torch.compile(losses_of, fullgraph=True, dynamic=False) if compiled else losses_of
+
+    def step() -> Tensor:
+        optimizer.zero_grad(set_to_none=True)
+        with torch._dynamo.config.patch(trace_autograd_ops=True) if compiled else contextlib.nullcontext():
+            losses = evaluate(query, key, mask, saliency)
         losses.loss.backward()
         if config.clip_grad > 0:
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_grad)

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 LOADING = ("loader", "end-to-end")
 LINES = (*ladder.LADDER, *ladder.BESIDE, *LOADING)
+ALL_LINES = (*LINES, *ladder.ON_REQUEST)
 THEORY = 5 / 4
 """Trunk units of a CAST step over those of a MoCo step."""
 TURN = 4
@@ -176,7 +177,7 @@ def measure_steps(report: Report) -> dict[str, ladder.Built]:
     # product, so that a slow machine still has the time to compile it.
     product = [name for name in ladder.LADDER if name in ladder.COMPILED]
     eager = [name for name in ladder.LADDER if name not in ladder.COMPILED]
-    order = [name for name in (*reversed(ladder.BESIDE), *product, *eager) if name in plan.lines]
+    order = [name for name in (*reversed(ladder.BESIDE), *product, *ladder.ON_REQUEST, *eager) if name in plan.lines]
     for name in order:
         if reason := ladder.absent(name, plan.settings):
             report.absent[name] = reason
@@ -427,7 +428,7 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument("--data", type=Path, metavar="SHARDS", help="WebDataset shards instead")
     parser.add_argument("--scenes", type=int, metavar="N", help="made scenes to draw (default: 1024 on CUDA, 64)")
     parser.add_argument("--loader-threads", type=int, default=0, metavar="N", help="DALI's CPU threads (0: all cores)")
-    parser.add_argument("--variants", metavar="A,B", help=f"only these lines, of {','.join(LINES)}")
+    parser.add_argument("--variants", metavar="A,B", help=f"only these lines, of {','.join(ALL_LINES)}")
     parser.add_argument(
         "--repeats", type=int, metavar="N", help="interleaved rounds (default: 10 on CUDA, 5; --quick 3)"
     )
@@ -456,13 +457,13 @@ def parse(argv: list[str] | None) -> Plan:
     if args.variants is not None:
         names = [name.strip() for name in args.variants.split(",") if name.strip()]
         for name in names:
-            if name not in LINES:
-                near = difflib.get_close_matches(name, LINES, n=1)
+            if name not in ALL_LINES:
+                near = difflib.get_close_matches(name, ALL_LINES, n=1)
                 hint = f" (did you mean {near[0]}?)" if near else ""
-                raise UserError(f"--variants: got {name!r}{hint}, expected some of {', '.join(LINES)}")
+                raise UserError(f"--variants: got {name!r}{hint}, expected some of {', '.join(ALL_LINES)}")
         if not names:
-            raise UserError(f"--variants: got nothing, expected some of {', '.join(LINES)}")
-        lines = tuple(name for name in LINES if name in names)
+            raise UserError(f"--variants: got nothing, expected some of {', '.join(ALL_LINES)}")
+        lines = tuple(name for name in ALL_LINES if name in names)
     deadline = None if seconds is None else start + seconds
     return Plan(settings, args.out, lines, repeats, 3 if cuda else 1, deadline, args.loader_threads, scenes, args.keep)
 

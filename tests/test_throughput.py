@@ -20,7 +20,7 @@ import throughput
 import torch
 
 TINY = ["--arch", "resnet18", "--size", "32", "--batch", "2", "--queue-size", "16", "--repeats", "1", "--scenes", "4"]
-STEPS = (*ladder.LADDER, *ladder.BESIDE)
+STEPS = (*ladder.LADDER, *ladder.BESIDE, *ladder.ON_REQUEST)
 
 
 @pytest.fixture(autouse=True)
@@ -74,12 +74,13 @@ def test_lines_differ_in_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ladder, "RATE", 1e-6)
     settings = tiny_settings(batch="4", size="64")
     losses = {}
-    for name in ("published", "published-amp", "one-pass", "closed-form", "moco"):
+    for name in ("published", "published-amp", "one-pass", "plain-compiled", "closed-form", "moco"):
         built = ladder.build(name, settings)
         results: list[Any] = [built.run() for _ in range(2)]
         losses[name] = [result[0].item() if isinstance(result, tuple) else result.item() for result in results]
     assert losses["published-amp"] == pytest.approx(losses["published"], rel=1e-4)
     assert losses["closed-form"] == pytest.approx(losses["one-pass"], rel=1e-4)
+    assert losses["plain-compiled"] == pytest.approx(losses["one-pass"], rel=1e-4)
     assert losses["one-pass"][0] != pytest.approx(losses["one-pass"][1], rel=1e-3)
     # The released formulation has the same InfoNCE term and another attention term.
     assert losses["published"][0] != pytest.approx(losses["one-pass"][0], rel=1e-4)
