@@ -1,8 +1,12 @@
-"""The native DALI operator ``SaliencyCrop``: finding, building and loading its library.
+"""The native DALI operators: finding, building and loading their library.
+
+``SaliencyCrop`` chooses the windows of crops; ``CropViews`` and ``SaliencyTargets`` make, on a CPU, what the training
+step gets of an image and its map.
 
 The library is compiled against one version of DALI (its symbols carry the version) and lies in
 ``cast_kernels/_native/dali-VERSION/`` beside a ``build.json`` that says what it was built from. It is optional: without
-it, the windows come from ``cast_fast.data.saliency_crop``, which chooses the same ones.
+it, the windows come from ``cast_fast.data.saliency_crop``, which chooses the same ones, and the views from DALI's own
+operators, which are slower on a CPU.
 
 This file also runs as a script and imports only the standard library until the operator is loaded, so that ``setup.py``
 and ``CMakeLists.txt`` can use it in an environment where nothing is installed::
@@ -196,6 +200,53 @@ def saliency_crop(
         arguments["device"] = device
     windows, relative, fallback, held = fn.saliency_crop(maps, random, **arguments)
     return windows, relative, fallback, held
+
+
+def crop_views(images: Any, windows: Any, mirrors: Any, colours: Any = None, *, size: int) -> tuple[Any, Any]:
+    """Both views of each image, inside a DALI pipeline, on the CPU.
+
+    Args:
+        images: uint8 (H, W, 3).
+        windows: float32 (2, 4): ``relative`` of `saliency_crop`.
+        mirrors: float32 (2, 2): not 0 in column 1 of a view that is flipped left to right.
+        colours: float32 (2, 3, 4): [R', G', B'] = M [R, G, B, 1] on 0 to 255, rounded and clamped after it; None
+            leaves the colours alone.
+        size: side of the views.
+
+    Returns:
+        Query and key, uint8 (size, size, 3): resized by a triangle filter as wide as the scale, at least a pixel.
+
+    Raises:
+        PluginError: as `load` does. The operator itself refuses wrong inputs, by DALI's RuntimeError.
+    """
+    load()
+    from nvidia.dali import fn
+
+    query, key = fn.crop_views(images, windows, mirrors, *([] if colours is None else [colours]), size=size)
+    return query, key
+
+
+def saliency_targets(maps: Any, windows: Any, mirrors: Any, *, size: int, grid: tuple[int, int]) -> tuple[Any, Any]:
+    """What the attention loss needs of each map, inside a DALI pipeline, on the CPU.
+
+    Args:
+        maps: uint8 (H, W, 1), salient where > 127.
+        windows, mirrors: as of `crop_views`.
+        size: side of the views.
+        grid: rows and columns of cells.
+
+    Returns:
+        Salient share of each cell of the grid over the query's window, float32 ``grid``, an exact area average; and the
+        key view's mask, uint8 (size, size, 1), 1 where the view's filter sees more salient than other area.
+
+    Raises:
+        PluginError: as `load` does. The operator itself refuses wrong inputs, by DALI's RuntimeError.
+    """
+    load()
+    from nvidia.dali import fn
+
+    share, mask = fn.saliency_targets(maps, windows, mirrors, size=size, grid=list(grid))
+    return share, mask
 
 
 def find_toolchain() -> Toolchain:
@@ -446,7 +497,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0 if found.library else 1
     except PluginError as error:
         optional = options.command == "build" and options.optional
-        note = ": the crop windows will come from NumPy" if optional else ""
+        note = ": crop windows will come from NumPy, views from DALI's own operators" if optional else ""
         print(f"native DALI operator not built{note}. {error}", file=sys.stderr)
         return 0 if optional else 1
     return 0
