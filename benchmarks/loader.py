@@ -7,8 +7,9 @@ Lines, all over the same files in the same order with the same windows and, but 
 from the same ranges, the same colour changes:
 
 ``native``, ``numpy``
-    The product's loader, windows by the native operator or by NumPy. On CUDA further lines vary the threads and the
-    share of JPEGs that the decoding engines take (``native-t8-hw0.9``).
+    The product's loader with and without its native operators: windows by NumPy and, on a CPU, views by DALI's own
+    operators. On CUDA further lines vary the threads and the share of JPEGs that the decoding engines take
+    (``native-t8-hw0.9``).
 ``packed``, ``packed-256``
     The product's loader on the same dataset in shards (``cast-fast prepare``): images byte for byte and maps at the
     default size; and with images shrunk to a shorter side of 256, which is other work, on purpose.
@@ -21,9 +22,11 @@ from the same ranges, the same colour changes:
     loader does not count, sharing the device with it does.
 
 Records: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included), ``loader_stage`` (CPU
-seconds an image of each stage, on the product's loader), ``training_step`` (seconds a step, ``alone`` and
-``beside-loader``) and ``loader_gpu_share`` (of the step's time beside the loader, by the medians). Stages are
-differences of pipelines that do more and more of the work, measured in the same rounds: draws (order and random
+seconds an image of each stage, on the product's loader; of shards too, as ``packed-decode`` and so on),
+``loader_windows`` (CPU seconds an image) and ``loader_windows_time`` (seconds an image) of the windows alone by
+``numpy``, ``native`` and, on CUDA, ``cuda``, of maps that are decoded already, ``training_step`` (seconds a step,
+``alone`` and ``beside-loader``) and ``loader_gpu_share`` (of the step's time beside the loader, by the medians). Stages
+are differences of pipelines that do more and more of the work, measured in the same rounds: draws (order and random
 numbers), read, decode, map (its decoding), windows, resize (the two views), targets (the two maps of the attention
 loss), colour, hand-over (DALI's buffers to torch). Without data of your own the loader reads made scenes, which are
 kept for the next run.
@@ -67,6 +70,9 @@ TURN = 4
 """Batches in one timed turn. Before it the lines that ran earlier are left to fill their queues, lest their CPU time be
 counted here, and as many untimed batches bring the line's own queue to its steady state."""
 _SEED = 0
+_PACKED = "packed-"
+_SHARED = ("to draws", "windows numpy", "windows cuda")
+"""Lines of the stages that are not measured on shards as well: they are about the same, or have no part in the sum."""
 
 
 @dataclass(frozen=True)
@@ -290,7 +296,10 @@ def product_loader(plan: Plan, **changes: Any) -> Any:
 
 
 def _opening(plan: Plan, upto: str) -> Any:
-    """A DALI pipeline that reads the plan's files, decodes the images from "decode" on, and the maps at "map"."""
+    """A DALI pipeline that reads the plan's files, decodes the images from "decode" on, and the maps at "map".
+
+    Raw maps of shards need no decoding: there the two stages are the same.
+    """
     from cast_fast.data import dali_loader as dl
 
     source, recipe = _source(plan)
@@ -298,20 +307,29 @@ def _opening(plan: Plan, upto: str) -> Any:
     @dl.pipeline_def
     def opening() -> tuple[Any, Any]:
         inputs = dl.fn.external_source(
-            lambda step: source(step)[:2], num_outputs=2, batch=True, dtype=dl.types.UINT8, ndim=1
+            lambda step: source(step)[:2],
+            num_outputs=2,
+            batch=True,
+            dtype=dl.types.UINT8,
+            ndim=[1, 3 if recipe.raw_maps else 1],
         )
-        image, saliency = dl.fn.io.file.read(inputs[0]), dl.fn.io.file.read(inputs[1])
+        image, saliency = dl.opened(inputs[0], recipe), inputs[1]
+        if not recipe.raw_maps:
+            saliency = dl.opened(saliency, recipe)
         if upto != "read":
             image = dl.decoded_image(image, recipe)
-        if upto == "map":
+        if upto == "map" and not recipe.raw_maps:
             saliency = dl.decoded_map(saliency)
         return image, saliency
 
     return _built(opening, plan)
 
 
-def _windows(plan: Plan, native: bool) -> Any:
-    """A DALI pipeline of the windows alone, for one batch of decoded maps in memory."""
+def _windows(plan: Plan, native: bool, *, cuda: bool = False) -> Any:
+    """A DALI pipeline of the windows alone, for one batch of decoded maps in memory.
+
+    On CUDA the maps and numbers go to the device and the corners come back, because a resize takes them from the CPU.
+    """
     from cast_fast.data import dali_loader as dl
 
     source, recipe = _source(plan)
@@ -325,6 +343,9 @@ def _windows(plan: Plan, native: bool) -> Any:
             lambda: maps, batch=True, no_copy=True, dtype=dl.types.UINT8, ndim=3, layout="HWC"
         )
         random = dl.fn.external_source(lambda: randoms, batch=True, no_copy=True, dtype=dl.types.FLOAT64, ndim=3)
+        if cuda:
+            corners, fallback = dl.crop_corners(saliency.gpu(), random.gpu(), recipe)
+            return corners.cpu(), fallback.cpu()
         return dl.crop_corners(saliency, random, recipe)
 
     return _built(windows, plan)
@@ -342,6 +363,7 @@ def _built(definition: Any, plan: Plan) -> Any:
 def _source(plan: Plan) -> tuple[Any, Any]:
     from cast_fast.data import dali_loader as dl
 
+    samples = plan.dataset.samples
     recipe = dl.Recipe(
         size=plan.size,
         cam_grid=plan.grid,
@@ -352,9 +374,18 @@ def _source(plan: Plan) -> tuple[Any, Any]:
         blur=plan.augmentation.blur_p > 0,
         cuda=plan.device.type == "cuda",
         native=has_native(),
+        packed=isinstance(samples[0].image, layout.Member),
+        raw_maps=any(isinstance(s.saliency, layout.Member) and s.saliency.name.endswith(".npy") for s in samples),
     )
     order = sampling.GlobalOrder(len(plan.dataset), _SEED, plan.batch)
     return dl.Source(plan.dataset, order, plan.augmentation, recipe, ()), recipe
+
+
+def has_cuda_windows() -> bool:
+    """Whether the native operator is built with its CUDA backend."""
+    from cast_kernels import dali_plugin
+
+    return has_native() and dali_plugin.status().cuda
 
 
 def has_native() -> bool:
@@ -364,9 +395,22 @@ def has_native() -> bool:
     return dali_plugin.unavailable_reason() is None
 
 
-def stage_lines(plan: Plan) -> dict[str, harness.Line]:
-    """Factories of the pipelines whose differences are the stages."""
+def stage_lines(plan: Plan, prefix: str = "") -> dict[str, harness.Line]:
+    """Factories of the pipelines whose differences are the stages, their names after ``prefix``.
+
+    With the prefix ``packed-`` they read the dataset in shards; its lines are built when their turn comes.
+    """
     from cast_fast.data import dali_loader as dl
+
+    if prefix:
+
+        def later(name: str) -> harness.Line:
+            def build() -> Callable[[], object]:
+                return stage_lines(dataclasses.replace(plan, dataset=packed_dataset(plan, 0)))[name]()
+
+            return build
+
+        return {prefix + name: later(name) for name in stage_lines(plan) if name not in _SHARED}
 
     plain = dataclasses.replace(plan.augmentation, jitter_p=0, grey_p=0, blur_p=0)
 
@@ -382,9 +426,9 @@ def stage_lines(plan: Plan) -> dict[str, harness.Line]:
 
         return build
 
-    def windows(native: bool) -> harness.Line:
+    def windows(native: bool, *, cuda: bool = False) -> harness.Line:
         def build() -> Callable[[], object]:
-            pipeline = _windows(plan, native)
+            pipeline = _windows(plan, native, cuda=cuda)
             return _turn(pipeline.run, plan)
 
         return build
@@ -416,13 +460,16 @@ def stage_lines(plan: Plan) -> dict[str, harness.Line]:
     }
     if has_native():
         lines["windows native"] = windows(True)
+    if plan.device.type == "cuda" and has_cuda_windows():
+        lines["windows cuda"] = windows(True, cuda=True)
     return lines
 
 
-def stages(cpu: dict[str, list[float]]) -> dict[str, list[float]]:
+def stages(cpu: dict[str, list[float]], prefix: str = "") -> dict[str, list[float]]:
     """CPU seconds an image of each stage and round, from those of the lines of ``stage_lines``."""
-    windows = "windows native" if "windows native" in cpu else "windows numpy"
+    windows = "windows native" if f"{prefix}windows native" in cpu else "windows numpy"
     rounds = {name: np.array(values) for name, values in cpu.items()}
+    rounds |= {name.removeprefix(prefix): values for name, values in rounds.items() if name.startswith(prefix)}
     found = {
         "draws": rounds["to draws"],
         "read": rounds["to read"] - rounds["to draws"],
@@ -559,10 +606,13 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
     running: dict[str, Callable[[], object]] = {}
     turns: dict[str, list[float]] = {}
     cpu: dict[str, list[float]] = {}
+    timed: dict[str, list[float]] = {}
     lines = rate_lines(plan)
     rates = set(lines)
     if "native" in plan.lines or "numpy" in plan.lines:
         lines |= stage_lines(plan)
+        if "packed" in plan.lines and has_native():
+            lines |= stage_lines(plan, _PACKED)
     outcomes: dict[str, harness.Outcome] = {}
 
     def prepare(name: str) -> Callable[[], object]:
@@ -575,6 +625,7 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
     def on_sample(name: str, repeat: int, seconds: Any) -> None:
         results.sample(name, repeat, seconds)
         cpu.setdefault(name, []).append(turns[name][-1])
+        timed.setdefault(name, []).append(sum(seconds) / len(seconds))
 
     def on_line(name: str, outcome: harness.Outcome) -> None:
         if name not in rates:
@@ -604,12 +655,15 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
         on_sample=on_sample,
         on_line=on_line,
     )
-    if "hand-over" in cpu:
-        for name, seconds in stages(cpu).items():
-            outcomes[f"stage {name}"] = add("loader_stage", name, seconds)
-        for name in ("windows numpy", "windows native"):
-            if name in cpu:
-                outcomes[name] = add("loader_windows", name.split()[1], cpu[name])
+    for prefix in ("", _PACKED):
+        if f"{prefix}hand-over" not in cpu:
+            continue
+        for name, seconds in stages(cpu, prefix).items():
+            outcomes[f"stage {prefix}{name}"] = add("loader_stage", prefix + name, seconds)
+    for name in ("windows numpy", "windows native", "windows cuda"):
+        if name in cpu:
+            outcomes[name] = add("loader_windows", name.split()[1], cpu[name])
+            add("loader_windows_time", name.split()[1], [seconds / images for seconds in timed[name]])
     return outcomes
 
 
@@ -719,13 +773,17 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
     title = f"Loader on {where}: {plan.size} pixels, batch {plan.batch}, {plan.threads} threads"
     notes = packed_notes(outcomes) + training_notes(plan, outcomes)
     harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows, notes)
-    spent = {
-        name: outcome for name in STAGES if isinstance(outcome := outcomes.get(f"stage {name}"), harness.Measurement)
-    }
-    if spent:
+    for prefix, whose in (("", ""), (_PACKED, ", of shards")):
+        spent = {
+            name: outcome
+            for name in STAGES
+            if isinstance(outcome := outcomes.get(f"stage {prefix}{name}"), harness.Measurement)
+        }
+        if not spent:
+            continue
         total = sum(outcome.median for outcome in spent.values())
         harness.print_table(
-            "CPU time by stage",
+            f"CPU time by stage{whose}",
             ["stage", "ms an image", "p20–p80", "share"],
             [
                 [
@@ -736,7 +794,7 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
                 ]
                 for name, outcome in spent.items()
             ],
-            window_notes(outcomes),
+            [] if prefix else window_notes(outcomes),
         )
     if bars:
         harness.bar_chart(

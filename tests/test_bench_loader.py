@@ -52,6 +52,38 @@ def test_a_run_leaves_its_records(scenes: Path, tmp_path: Path, capsys: pytest.C
     assert "hand-over" in printed
 
 
+def test_stages_are_told_for_both_layouts(
+    plan: loader.Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if not loader.has_native():
+        pytest.skip("the native operators are not built")
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    plan = dataclasses.replace(plan, lines=("native", "packed"))
+    outcomes = loader.measure(plan, results)
+    loader.show(plan, results, outcomes)
+    assert not [name for name, outcome in outcomes.items() if isinstance(outcome, harness.Failure)]
+    stages = [record.variant for record in results.records if record.name == "loader_stage"]
+    assert stages == [*loader.STAGES, *(f"packed-{name}" for name in loader.STAGES)]
+    windows = {(record.name, record.variant): record.value for record in results.records if "windows" in record.name}
+    assert set(windows) == {
+        (name, variant) for name in ("loader_windows", "loader_windows_time") for variant in ("numpy", "native")
+    }
+    assert min(value or 0 for value in windows.values()) > 0
+    printed = capsys.readouterr().out
+    assert "CPU time by stage, of shards" in printed
+
+
+@pytest.mark.gpu
+def test_windows_by_cuda_are_measured(plan: loader.Plan, cuda: torch.device) -> None:
+    if not loader.has_cuda_windows():
+        pytest.skip("built without the CUDA backend")
+    plan = dataclasses.replace(plan, device=cuda)
+    on_cuda, on_cpu = loader._windows(plan, True, cuda=True).run(), loader._windows(plan, True).run()
+    for first, second in zip(on_cuda, on_cpu, strict=True):
+        assert all(np.array_equal(np.array(a), np.array(b)) for a, b in zip(first, second, strict=True))
+    assert "windows cuda" in loader.stage_lines(plan)
+
+
 def test_packed_lines_show_the_same_pictures(plan: loader.Plan) -> None:
     product = next(loader.product_loader(plan, native=False))
     for short_side in (0, 64):
@@ -78,6 +110,10 @@ def test_stages_add_up() -> None:
     assert list(found) == list(loader.STAGES)
     assert found["decode"] == [5.0, 10.0]
     assert found["windows"] == [2.0, 4.0]
+    own = {f"packed-{name}": [value / 2 for value in values] for name, values in cpu.items() if name != "to draws"}
+    packed = loader.stages(cpu | own, "packed-")
+    assert packed["decode"] == [2.5, 5.0]
+    assert packed["read"] == [0.5, 1.0]  # less the draws of all lines
     assert np.allclose(np.sum(list(found.values()), axis=0), cpu["to colour"])
     del cpu["windows native"]
     assert loader.stages(cpu)["windows"] == [9.0, 9.0]
