@@ -133,6 +133,8 @@ class PretrainConfig:
     """``auto`` takes CUDA where torch finds it."""
     precision: str = option("auto", "arithmetic of the trunk", choices=("auto", "fp32", "bf16"))
     """``auto`` is bf16 on CUDA and on CPUs with bf16 matrix hardware, else fp32; head and CAM are always fp32."""
+    queue_dtype: str = option("auto", "type of the queued keys", choices=("auto", "fp32", "bf16"))
+    """``auto`` is bf16 where the trunk is and the fused losses run, else fp32."""
     queue_exchange: str = option(
         "auto", "how ranks share the queue", choices=("auto", "gather", "reduce"), resumable=True
     )

@@ -27,20 +27,30 @@ class KeyQueue(nn.Module):
         size: K, number of keys.
         dim: D, length of a key.
         generator: source of the random start; the global one by default.
+        dtype: of ``keys``. In bfloat16 a key is off by 0.17 % of its length (root mean square), and the queue takes
+            half the memory and, in the fused losses, a third of the products.
 
     Raises:
-        ValueError: ``size`` or ``dim`` below 1.
+        ValueError: ``size`` or ``dim`` below 1, or another ``dtype`` than bfloat16, float32 or float64.
     """
 
     keys: Tensor
     pointer: Tensor
     _own_pointer: Tensor
 
-    def __init__(self, size: int, dim: int, generator: torch.Generator | None = None) -> None:
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        generator: torch.Generator | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         super().__init__()
+        if dtype not in (torch.bfloat16, torch.float32, torch.float64):
+            raise ValueError(f"dtype: got {dtype}, expected torch.bfloat16, torch.float32 or torch.float64")
         if size < 1 or dim < 1:
             raise ValueError(f"key queue: got size {size} and dim {dim}, expected both at least 1")
-        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1))
+        self.register_buffer("keys", F.normalize(torch.randn(size, dim, generator=generator), dim=1).to(dtype))
         self.register_buffer("pointer", torch.zeros((), dtype=torch.int64))
         self._size, self._rank, self._ranks = size, 0, 1
         self._gathered: tuple[Tensor, Tensor | None] | None = None

@@ -24,6 +24,7 @@ class MoCo(nn.Module):
         head: ``"linear"`` or ``"mlp"``.
         queue_size: K, number of negatives.
         seed: of the initial weights and of the initial queue; the global random state is left as it was.
+        queue_dtype: of the queue's keys; see ``KeyQueue``.
         batch_norm: ``"torch"`` or ``"streaming"``; see ``encoder.build_trunk``.
 
     Raises:
@@ -43,19 +44,22 @@ class MoCo(nn.Module):
         queue_size: int = 65536,
         seed: int = 0,
         batch_norm: str = "torch",
+        queue_dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            self._assemble(build_encoder(arch, dim, head, batch_norm), KeyQueue(queue_size, dim))
+            self._assemble(build_encoder(arch, dim, head, batch_norm), KeyQueue(queue_size, dim, dtype=queue_dtype))
 
     @classmethod
-    def from_encoder(cls, encoder: Encoder, dim: int, queue_size: int, seed: int = 0) -> MoCo:
+    def from_encoder(
+        cls, encoder: Encoder, dim: int, queue_size: int, seed: int = 0, queue_dtype: torch.dtype = torch.float32
+    ) -> MoCo:
         """The same around an encoder of your own; ``seed`` is that of the queue."""
         moco = cls.__new__(cls)
         nn.Module.__init__(moco)
         generator = torch.Generator().manual_seed(seed)
-        moco._assemble(encoder.to(memory_format=torch.channels_last), KeyQueue(queue_size, dim, generator))
+        moco._assemble(encoder.to(memory_format=torch.channels_last), KeyQueue(queue_size, dim, generator, queue_dtype))
         return moco
 
     def _assemble(self, encoder: Encoder, queue: KeyQueue) -> None:

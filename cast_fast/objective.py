@@ -231,9 +231,10 @@ def info_nce(
     Args:
         query: (N, D) normalised, takes the gradient.
         key: (N, D) normalised, no gradient.
-        queue: (K, D) normalised, no gradient.
+        queue: (K, D) normalised, no gradient; may be narrower than ``query``.
         temperature: T.
-        kernels: use the fused ``cast_kernels.info_nce``, which never writes the (N, K) logits.
+        kernels: use the fused ``cast_kernels.info_nce``, which never writes the (N, K) logits, and rounds query and key
+            to the queue's type.
 
     Returns:
         (N,) loss −log softmax of the positive, and (N,) int64 number of negatives that beat the positive.
@@ -244,7 +245,7 @@ def info_nce(
 
         return cast_kernels.info_nce(query, key, queue, temperature)
     positive = (query * key).sum(dim=1) / temperature
-    negative = query @ queue.T / temperature
+    negative = query @ queue.to(query.dtype).T / temperature
     beaten = (negative.detach() > positive.detach()[:, None]).sum(dim=1)
     return -F.logsigmoid(positive - torch.logsumexp(negative, dim=1)), beaten
 

@@ -28,6 +28,7 @@ from cast_fast.step import (
     compile_fault,
     has_bf16_matrix_hardware,
     resolve_precision,
+    resolve_queue_dtype,
     step_losses,
 )
 from cast_kernels import reference
@@ -450,3 +451,41 @@ def test_no_synchronisation_with_the_host(cuda: torch.device, compile: bool) -> 
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert all(bool(entry.finite) for entry in metrics)
+
+
+def test_bf16_queue_trains_as_a_float32_one() -> None:
+    """Losses differ by no more than rounding the keys may cost: 2^-9 / T, here 0.01."""
+    losses = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = MoCo.from_encoder(tiny_encoder(8), 8, 20, queue_dtype=dtype)
+        objective = Objective(temperature=0.2)
+        step = TrainStep(
+            model, build_optimizer(model.query.parameters(), LR), objective=objective, compile=False, precision="fp32"
+        )
+        losses.append(torch.stack([step(batch_of(seed), LR).loss for seed in range(5)]))
+        assert model.queue.keys.dtype == dtype
+    difference = (losses[0] - losses[1]).abs()
+    assert 0 < difference.max() <= 2.0**-9 / 0.2
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "kernels", "expected"),
+    [
+        ("auto", "bf16", True, torch.bfloat16),
+        ("auto", "bf16", False, torch.float32),
+        ("auto", "fp32", True, torch.float32),
+        ("bf16", "fp32", False, torch.bfloat16),
+        ("fp32", "bf16", True, torch.float32),
+    ],
+)
+def test_queue_dtype(
+    name: str, precision: str, kernels: bool, expected: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "cast_fast"):
+        assert resolve_queue_dtype(name, precision, torch.device("cpu"), kernels) == expected
+    assert ("queue of" in caplog.text) == (name == "auto")
+
+
+def test_unknown_queue_dtype_is_named() -> None:
+    with pytest.raises(ValueError, match="queue_dtype: got 'fp16'"):
+        resolve_queue_dtype("fp16", "fp32", torch.device("cpu"), False)
