@@ -89,6 +89,7 @@ def test_early_exit_saves_work_and_standing_foregrounds_meet_every_background(ar
     found = fight(judge(1), arena, np.arange(7))
     first = {int(row): int(found.breaker[row]) for row in np.flatnonzero(found.vulnerable)}
     assert found.judged == sum(first[row] + 1 if row in first else 7 for row in range(11)) < 11 * 7
+    assert fight(judge(1000), arena, np.arange(7)).judged == 11 * 7  # one batch holds everything
 
 
 def test_classes_outside_the_set_count_as_wrong():

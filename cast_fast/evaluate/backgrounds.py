@@ -149,7 +149,7 @@ def _size(image: Picture) -> str:
 def find_mapping(root: Path, mapping: Path | None, classes: Sequence[str]) -> dict[int, int] | None:
     """ImageNet class → class of the set, −1 for none: from ``--mapping``, or ``in_to_in9.json`` in or beside the root.
 
-    The latter is left aside, with a warning, where the set's classes are not the official nine.
+    The latter is left aside, and the log says so, where the set's classes are not the official nine.
 
     Raises:
         UserError: the named file is missing or is no such mapping.
@@ -162,7 +162,7 @@ def find_mapping(root: Path, mapping: Path | None, classes: Sequence[str]) -> di
         return None
     fits = len(classes) == len(NINE) and all(n in class_name(c).lower() for n, c in zip(NINE, classes))
     if mapping is None and not fits:
-        logger.warning("%s is left aside: it maps to %s; this set has other classes", path, ", ".join(NINE))
+        logger.info("%s is left aside: it maps to %s; this set has other classes", path, ", ".join(NINE))
         return None
     try:
         return {int(source): int(target) for source, target in json.loads(path.read_text()).items()}

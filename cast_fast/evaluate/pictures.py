@@ -312,7 +312,7 @@ def open_pictures(
     pictures: Pictures
     on_empty = "skip" if need_maps else "unconstrained"
     if data is not None and (data / shards.MANIFEST).exists():
-        packed = shards.scan_shards(data, labels=labels)
+        packed = shards.scan_shards(data, labels=labels, need_maps=need_maps)
         pictures = FolderPictures(layout.usable(packed, skip_invalid=True, on_empty_saliency=on_empty))
         keep = range(len(pictures))
     elif data is not None:
