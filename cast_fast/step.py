@@ -421,6 +421,8 @@ def embed_keys(
     with torch.autocast(key.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
         images = _normalise(key, scale, shift)
         if join and key_mask is not None:
+            # In the trunk's type before they are joined: the compiler writes a concatenation out as it is.
+            images = images.to(dtype)
             masked = torch.where((key_mask > 0)[:, None], images, 0)
             both = encoder(torch.cat([images, masked]).contiguous(memory_format=torch.channels_last)).embedding
             return both[: len(key)], both[len(key) :]
