@@ -33,6 +33,8 @@ PHASES=(
   "ladder-64|150|300|throughput ladder at batch 64"
   "profile|90|200|torch.profiler: where the time of a step goes"
   "profile-streaming|90|200|the same with streaming BatchNorm"
+  "choices|120|300|ways to compile the step: one key pass or two, modes of torch.compile, CUDA graphs"
+  "pointwise|60|200|prototype of a 1x1 convolution with BatchNorm statistics in its epilogue"
   "memory|90|300|the largest batch that fits, product against published-amp"
   "native|60|200|build and tests of the native crop operator, CUDA backend included"
   "loader|90|400|DALI loader, end to end"
@@ -151,6 +153,8 @@ phase_memcheck() { sanitize "$1" memcheck; }
 phase_racecheck() { sanitize "$1" racecheck; }
 phase_profile() { "$python" benchmarks/profile_step.py --device cuda --line kernels --out "$1"; }
 phase_profile-streaming() { "$python" benchmarks/profile_step.py --device cuda --line streaming --out "$1"; }
+phase_choices() { "$python" benchmarks/compile_choices.py --device cuda --out "$1" --max-seconds $(($2 > 60 ? $2 - 30 : $2 / 2)); }
+phase_pointwise() { "$python" benchmarks/prototypes/pointwise_conv.py --device cuda --out "$1"; }
 phase_memory() {
   local batch
   batch=$("$python" benchmarks/report.py "$out" --largest-batch) || { echo "$batch"; return 77; }

@@ -44,7 +44,7 @@ from cast_fast.errors import UserError
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import build_optimizer
-from cast_fast.step import IMAGE_MEAN, IMAGE_STD, TrainStep, resolve_precision
+from cast_fast.step import IMAGE_MEAN, IMAGE_STD, TrainStep, resolve_precision, resolve_queue_dtype
 from cast_kernels import reference
 
 LADDER = ("published", "published-amp", "one-pass", "closed-form", "compiled", "kernels", "streaming")
@@ -224,8 +224,11 @@ def _batch_norm(name: str) -> str:
 
 def _model(name: str, settings: Settings) -> MoCo:
     config = settings.config
-    model = MoCo(config.arch, config.dim, config.head, config.queue_size, config.seed, _batch_norm(name))
-    return model.to(settings.device)
+    fused = name in ("kernels", "streaming")
+    queue_dtype = resolve_queue_dtype(config.queue_dtype, settings.line_precision(name), settings.device, fused)
+    return MoCo(
+        config.arch, config.dim, config.head, config.queue_size, config.seed, _batch_norm(name), queue_dtype
+    ).to(settings.device)
 
 
 def _batch(settings: Settings, *, attention: bool = True) -> Batch:
