@@ -226,7 +226,7 @@ def _settings(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float, bool]:
 
 
 def _check_norm(norm: Any) -> None:
-    ordinary = isinstance(norm, nn.BatchNorm2d) and norm.affine and norm.track_running_stats
+    ordinary = type(norm) in (nn.BatchNorm2d, SyncBatchNorm2d) and norm.affine and norm.track_running_stats
     if not ordinary or norm.momentum is None:
         raise ValueError(f"BatchNorm: got {norm}, expected nn.BatchNorm2d, affine, with running statistics")
 
