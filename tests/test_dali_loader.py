@@ -29,7 +29,7 @@ from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-from cast_fast.data.dali_loader import Augmentation, DaliLoader
+from cast_fast.data.dali_loader import Augmentation, DaliLoader, Recipe, Source, cast_pipeline
 
 SIZE = 64
 GRID = (2, 2)
@@ -357,6 +357,26 @@ def test_a_batch_may_be_dropped_while_a_kernel_reads_it(dataset: Dataset, cuda: 
         next(loader)
     torch.cuda.synchronize(cuda)
     assert all(torch.equal(tensor.cpu(), kept) for tensor, kept in zip(read, want, strict=True))
+
+
+@pytest.mark.gpu
+def test_a_batch_is_ready_on_the_stream_that_asks_for_it(dataset: Dataset, cuda: torch.device) -> None:
+    """Read at once, by a compiled function as by torch, on a stream that is not the default one, without waiting."""
+    loader = _loader(dataset, batch=8, size=224, augmentation=Augmentation(blur_p=0.5), device="cuda")
+    want = [[tensor.cpu() for tensor in _tensors(next(loader))] for _ in range(6)]
+    loader.seek(0)
+    total = torch.compile(lambda view: view.long().sum(), fullgraph=True)
+    stream = torch.cuda.Stream(cuda)
+    read, sums = [], []
+    with torch.cuda.stream(stream):
+        for _ in range(6):
+            batch = next(loader)
+            read.append([tensor.clone() for tensor in _tensors(batch)])
+            sums.append(total(batch.query))
+    stream.synchronize()
+    for copies, kept in zip(read, want, strict=True):
+        assert all(torch.equal(copy.cpu(), tensor) for copy, tensor in zip(copies, kept, strict=True))
+    assert [int(value) for value in sums] == [int(kept[0].long().sum()) for kept in want]
 
 
 def test_a_closed_loader_says_so(dataset: Dataset) -> None:
@@ -754,6 +774,24 @@ def test_memory_stays_flat(process: subprocess.CompletedProcess[str]) -> None:
 def test_python_ends_with_steps_in_flight(process: subprocess.CompletedProcess[str]) -> None:
     """Prefetched steps call the crop rule from DALI's threads while the interpreter stops."""
     assert process.returncode == 0, process.stderr
+
+
+@pytest.mark.parametrize(("constrained", "attention"), [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("native", [False, True])
+def test_the_graph_for_cuda_can_be_built_without_a_device(
+    dataset: Dataset, native: bool, constrained: bool, attention: bool
+) -> None:
+    """Nothing runs; but a graph that mixes up devices, inputs or operators does not get this far."""
+    if native and (reason := dali_plugin.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    recipe = Recipe(SIZE, GRID, CropRule(), constrained, attention, colour=True, blur=True, cuda=True, native=native)
+    assert not recipe.native_views
+    source = Source(dataset, sampling.GlobalOrder(8, 5, 4), Augmentation(blur_p=0.5), recipe, ())
+    assert len(source(0)) == len(recipe.inputs())
+    pipeline = cast_pipeline(source, recipe, batch_size=4, num_threads=1, device_id=0)
+    pipeline._build_graph()
+    devices = [node.device for node in pipeline._graph_outputs]
+    assert devices == ["gpu"] * (5 if attention else 2) + ["cpu"] * constrained
 
 
 @pytest.mark.gpu
