@@ -790,6 +790,7 @@ def test_the_graph_for_cuda_can_be_built_without_a_device(
     assert len(source(0)) == len(recipe.inputs())
     pipeline = cast_pipeline(source, recipe, batch_size=4, num_threads=1, device_id=0)
     pipeline._build_graph()
+    assert pipeline._graph_outputs is not None
     devices = [node.device for node in pipeline._graph_outputs]
     assert devices == ["gpu"] * (5 if attention else 2) + ["cpu"] * constrained
 
