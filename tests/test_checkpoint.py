@@ -27,7 +27,7 @@ import rank_checks
 import torch
 from safetensors import safe_open
 
-from cast_fast import checkpoint
+from cast_fast import checkpoint, checkpoint_storage
 from cast_fast.errors import UserError
 
 CONFIG = {"arch": "resnet18", "seed": 3}
@@ -355,6 +355,33 @@ def test_crafted_state_is_refused(tmp_path: Path, case: str) -> None:
         checkpoint.load(path)
 
 
+@pytest.mark.parametrize(
+    ("size", "blocks", "good"),
+    [
+        ([3, 4], [([0, 0], [3, 2]), ([0, 2], [3, 2])], True),
+        ([4, 4], [([y, x], [2, 2]) for y in (2, 0) for x in (0, 2)], True),
+        ([4, 4], [([0, 0], [2, 2]), ([2, 0], [2, 4]), ([0, 2], [2, 2])], True),
+        ([], [([], [])], True),
+        ([0, 3], [([0, 0], [0, 3])], True),
+        ([3, 4], [([0, 0], [3, 2]), ([0, 1], [3, 2])], False),
+        ([4, 4], [([0, 0], [2, 2]), ([0, 2], [2, 2]), ([2, 0], [2, 2]), ([2, 1], [2, 2])], False),
+        ([4, 4], [([0, 0], [4, 2]), ([1, 1], [2, 2]), ([0, 3], [4, 1])], False),
+        ([3, 4], [([0, 0], [3, 4]), ([0, 0], [3, 4])], False),
+        ([3, 4], [([0, 0], [3, 3])], False),
+        ([], [([], []), ([], [])], False),
+    ],
+)
+def test_blocks_fill_their_tensor(size: list[int], blocks: list[tuple[list[int], list[int]]], good: bool) -> None:
+    chunks = [{"file": "rank-0.safetensors", "offsets": offsets, "sizes": sizes} for offsets, sizes in blocks]
+    content = {"a": {"dtype": "F32", "size": size, "chunks": chunks}}
+    if good:
+        entry = checkpoint_storage.parse_entries(content, ["rank-0.safetensors"])["a"]
+        assert entry.to_json() == content["a"] and entry.size == tuple(size)
+    else:
+        with pytest.raises(ValueError, match="a: its blocks do not fill"):
+            checkpoint_storage.parse_entries(content, ["rank-0.safetensors"])
+
+
 def test_a_pickle_as_text_stays_text(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     content = pickled(json.loads((path / "state.json").read_text()), tmp_path / "harm")
@@ -475,7 +502,7 @@ WRITER = textwrap.dedent(
     import sys
     from pathlib import Path
     import torch
-    from cast_fast import checkpoint
+    from cast_fast import checkpoint, checkpoint_storage
 
     state = {"model": {str(i): torch.full((100_000,), float(i)) for i in range(100)}}
     print("ready", flush=True)
@@ -579,7 +606,7 @@ def test_one_process_a_run_folder(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from cast_fast import checkpoint
+        from cast_fast import checkpoint, checkpoint_storage
         with checkpoint.exclusive(Path(sys.argv[1])):
             print("locked")
         """
