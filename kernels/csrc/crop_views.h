@@ -139,8 +139,8 @@ inline FourInts Rounded(Four value) {
   return __builtin_convertvector(value + 0.5f, FourInts);
 }
 
-// The horizontal pass and the colours of one row of a view: `size` RGB pixels from interleaved sums, of which three
-// values beyond the last pixel must be readable. `colour` is null where nothing changes.
+// The horizontal pass and the colours of one row of a view: `size` RGB pixels from interleaved sums, of which one
+// value beyond the last pixel must be readable. `colour` is null where nothing changes.
 CAST_CLONES inline void FinishRow(const float *sums, int32_t begin, const Taps &taps, int32_t size, bool mirrored,
                                   const float *colour, uint8_t *out) {
   const int32_t count = taps.count;
