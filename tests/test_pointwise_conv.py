@@ -10,6 +10,8 @@ from numerics import KERNEL_DEVICE, STORED, assert_close, dtype_id, poisoned, sh
 from prototypes import pointwise_conv as prototype
 from torch import Tensor
 
+from cast_kernels.launch import Launch
+
 pytestmark = [pytest.mark.gpu] if KERNEL_DEVICE.type == "cuda" else []
 
 # The interpreter multiplies raw bits where a product's operands are bfloat16: 16-bit types run on a GPU only.
@@ -74,6 +76,23 @@ def test_more_tiles_than_a_group_are_joined_in_two_steps() -> None:
     want_var, want_mean = torch.var_mean(y.double(), (0, 2, 3), correction=0)
     assert_close("mean", mean, want_mean, want_var.sqrt(), STORED[torch.float32])
     assert_close("variance", var, want_var, want_var, STORED[torch.float32])
+
+
+@pytest.mark.parametrize("rows", [800, 797])
+def test_joining_more_parts_than_a_block(rows: int) -> None:
+    """200 parts of 4 rows, 64 at a time, as in the second step of a large layer; parts with means far apart."""
+    generator = torch.Generator().manual_seed(rows)
+    values = torch.randn((rows, 20), generator=generator) + torch.arange(rows)[:, None] / 50
+    parts = values.to(KERNEL_DEVICE).split(4)
+    partial = torch.stack(
+        [torch.stack([part.mean(0), part.var(0, correction=0) * len(part)]) for part in parts]
+    ).contiguous()
+    joined = partial.new_full((1, 2, 20), torch.nan)
+    constants = {"BLOCK_P": 64, "BLOCK_C": 32}
+    Launch(prototype._join_kernel, (1, 1), (partial, joined, rows, 4, 200, 200, 20), constants, 4).run()
+    want_var, want_mean = torch.var_mean(values.double(), 0, correction=0)
+    assert_close("mean", joined[0, 0], want_mean, want_mean.abs() + want_var.sqrt(), STORED[torch.float32])
+    assert_close("variance", joined[0, 1] / rows, want_var, want_var, STORED[torch.float32])
 
 
 def test_statistics_are_those_of_the_rounded_output() -> None:
