@@ -72,6 +72,14 @@ class StreamingTrunk(nn.Sequential):
         ValueError: another stem, another kind of block or another BatchNorm than torchvision's ResNets have.
     """
 
+    conv1: nn.Module
+    bn1: nn.BatchNorm2d
+    maxpool: nn.Module
+    layer1: nn.Module
+    layer2: nn.Module
+    layer3: nn.Module
+    layer4: nn.Module
+
     def __init__(self, trunk: nn.Sequential) -> None:
         super().__init__()
         for name, module in trunk.named_children():
@@ -93,11 +101,10 @@ class StreamingTrunk(nn.Sequential):
         norm = self.bn1
         if not norm.training:
             return super().forward(images)
-        assert isinstance(norm, nn.BatchNorm2d)
         x = self.conv1(images)
         batches: list[Batch] = []
-        result = _NormReluPool.apply(x, batch_statistics(norm, x, batches), *_settings(norm))
-        activations = self.layer4(self.layer3(self.layer2(self.layer1(Branches(*result, batches)))))
+        main, skip = _NormReluPool.apply(x, batch_statistics(norm, x, batches), *_settings(norm))
+        activations = self.layer4(self.layer3(self.layer2(self.layer1(Branches(main, skip, batches)))))
         # All at once: these are three small vectors a BatchNorm, each otherwise a launch of its own.
         enter_statistics(batches)
         return activations
@@ -150,7 +157,7 @@ class StreamingBlock(nn.Module):
             result = _NormAddRelu.apply(*arguments, skip)
         if handed is None:
             enter_statistics(batches)
-        return Branches(*result, handed) if self.splits else result
+        return Branches(result[0], result[1], handed) if self.splits else result
 
     def _plain(self, inputs: Tensor) -> Tensor:
         """The block as torchvision writes it."""
@@ -203,9 +210,11 @@ def batch_statistics(norm: nn.BatchNorm2d, x: Tensor, batches: list[Batch]) -> T
 
 def enter_statistics(batches: list[Batch]) -> None:
     """Moves running statistics and counts as ``nn.BatchNorm2d`` does in a forward pass, for many of them at once."""
-    groups: dict[tuple[float | None, int], list[Batch]] = {}
+    groups: dict[tuple[float, int], list[Batch]] = {}
     for batch in batches:
-        groups.setdefault((batch.norm.momentum, batch.count), []).append(batch)
+        momentum = batch.norm.momentum
+        assert momentum is not None
+        groups.setdefault((momentum, batch.count), []).append(batch)
     with torch.no_grad():
         for (momentum, count), group in groups.items():
             norms: list[Any] = [batch.norm for batch in group]

@@ -91,7 +91,7 @@ def test_block_is_torchvisions(kind: str, splits: bool) -> None:
         total = upstream + upstream_skip if splits else upstream
         expected = torch.autograd.grad((y * total).sum(), [x, *block.parameters()])
 
-        branches = Branches(*(x.detach().clone().requires_grad_() for _ in range(2)))
+        branches = Branches(x.detach().clone().requires_grad_(), x.detach().clone().requires_grad_())
         output = streaming(branches)
         if splits:
             assert output.main.data_ptr() == output.skip.data_ptr()
@@ -233,12 +233,13 @@ def traced(module: nn.Module, x: Tensor) -> tuple[list[torch.fx.GraphModule], li
         graphs.append(graph)
         return graph
 
+    compilers: dict[str, Any] = {"fw_compiler": keep, "bw_compiler": keep}
     torch._dynamo.reset()
     compiled = torch.compile(
         module,
         fullgraph=True,
         dynamic=False,
-        backend=lambda graph, inputs: aot_module_simplified(graph, inputs, fw_compiler=keep, bw_compiler=keep),
+        backend=lambda graph, inputs: aot_module_simplified(graph, inputs, **compilers),
     )
     y = compiled(x)
     gradients = torch.autograd.grad(y.square().sum(), list(module.parameters()))
@@ -278,7 +279,8 @@ def test_one_graph_without_additions_of_gradients() -> None:
     assert len(joins) == 8
     assert sum(node.args[1] is not None for node in joins) == 7  # all but the last block have two readers
     # What the forward pass keeps: each activation once, none of the ReLU's inside the stem and before it.
-    saved = {behind_views(value) for value in graphs[0].graph.output_node().args[0] if value is not None}
+    outputs: Any = graphs[0].graph.output_node().args[0]
+    saved = {behind_views(value) for value in outputs if value is not None}
     sizes = [node.meta["val"].shape for node in saved if node.meta["val"].dim() == 4 and len(node.meta["val"]) == 2]
     convolutions = sum("convolution" in str(node.target) for node in forward)
     # x, an output a convolution, two ReLUs inside each block and its output, the stem's pool and choice.
