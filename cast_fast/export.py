@@ -315,12 +315,14 @@ def _card(
     checks = "\n".join(
         f"- {name}: largest difference {value:.1e} of the largest feature" for name, value in differences.items()
     )
-    method = {"cast": "CAST", "moco": "MoCo"}.get(
-        config.get("method", ""), config.get("method", "an unrecorded method")
-    )
+    if "method" in config:
+        method = {"cast": "CAST", "moco": "MoCo"}.get(config["method"], config["method"])
+        origin = f"The query encoder's trunk of a run of cast_fast, trained without labels by {method}."
+    else:
+        origin = "The trunk of an encoder that was imported; its file does not say how it was trained."
     return f"""# {model.name}: {model.arch}, weights for {kind}
 
-The query encoder's trunk of a run of cast_fast, trained without labels by {method}. No projection head, no classifier.
+{origin} No projection head, no classifier.
 
 ## Load it
 ```python

@@ -284,7 +284,8 @@ def test_mean_and_deviation_come_with_the_file(run18, images, tmp_path):
         done = export.export(model, kind, tmp_path / name)
         again = load_encoder(done.path)
         assert (again.mean, again.std) == (mean, std) and torch.equal(again.features(images), model.features(images))
-        assert "0.4717, 0.4499, 0.3837" in done.card.read_text()
+        card = done.card.read_text()
+        assert "0.4717, 0.4499, 0.3837" in card and "imported; its file does not say how" in card
     theirs: Any = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True)
     assert tuple(theirs.pretrained_cfg["mean"]) == mean
     # timm's own folders have no description of ours

@@ -96,6 +96,8 @@ def test_results_go_into_the_first_run_or_beside_the_first_file(tmp_path):
     assert pictures.open_output(tmp_path / "a" / "b", tmp_path, "x").is_dir()
     with pytest.raises(UserError, match=r"--out: cannot write into .*weights\.pth"):
         pictures.open_output(tmp_path / "weights.pth", tmp_path, "x")
+    with pytest.raises(UserError, match="--out: cannot write into /proc"):  # a folder that takes no files, even root's
+        pictures.open_output(Path("/proc"), tmp_path, "x")
 
 
 def test_central_box_is_the_usual_one():
@@ -122,7 +124,8 @@ def test_long_work_is_reported_where_no_terminal_is(monkeypatch, caplog):
     ]
     caplog.clear()
     monkeypatch.setattr(pictures, "_LOG_EVERY", 60.0)
-    list(pictures.progress([1, 2, 3], "features"))
+    with caplog.at_level("INFO", logger="cast_fast"):
+        list(pictures.progress([1, 2, 3], "features"))
     assert not caplog.records
 
 
