@@ -99,7 +99,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def missing_maps(folder: Path) -> str:
     """What to say of shards without maps where maps are needed."""
-    return f"--data: {shown(folder)} was packed without saliency maps (--images-only): only --method moco needs none"
+    return (
+        f"--data: {shown(folder)} is without saliency maps (images alone were packed or indexed), which are needed here; "
+        "pretrain --method moco needs none"
+    )
 
 
 def scan_shards(folder: Path, *, labels: Path | None = None, need_maps: bool = False) -> Dataset:
