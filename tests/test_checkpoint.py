@@ -156,6 +156,19 @@ def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
     assert str(found["numbers"][3]) == "-0.0" and found["slice"].is_contiguous()
 
 
+def test_numbers_are_aligned(tmp_path: Path) -> None:
+    """As the format's own writers have it: readers may map the file into memory and use it in place."""
+    state = [torch.ones(3).to(dtype) for dtype in (torch.bool, torch.bfloat16, torch.float64, torch.float32)]
+    path = checkpoint.save(tmp_path, 1, {"a": state}, config={}, fingerprint="f", keep=1)
+    data = (path / "rank-0.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0 and len(header) == 5
+    for number, tensor in enumerate(state):
+        begin, end = header[f"a/{number}"]["data_offsets"]
+        assert begin % tensor.element_size() == 0 and end - begin == tensor.nbytes
+
+
 def test_estimate_bounds_the_size_and_counts_shared_storage_once(tmp_path: Path) -> None:
     shared = torch.zeros(100_000)
     state = {"a": {"whole": shared, "view": shared[:10]}, "b": [torch.zeros(7, dtype=torch.uint8) for _ in range(200)]}
@@ -490,6 +503,8 @@ def test_sigkill_at_every_point_of_a_save(tmp_path: Path) -> None:
         assert_equal_states(loaded.state, state_of(loaded.step))
         for step in checkpoint.steps(run):
             assert checkpoint.load(run / "checkpoints" / f"step-{step}").step == step
+        named = (run / "checkpoints" / "last").read_text().strip()
+        assert checkpoint.load(run / "checkpoints" / named).step >= 2
         reached.add(loaded.step)
         save(run, 4, keep=2)
         assert {name for name in names(run) if name.startswith(".")} == set()
