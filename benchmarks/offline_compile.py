@@ -33,6 +33,7 @@ from triton.compiler import ASTSource
 from cast_kernels.launch import Launch
 
 # The functions of the same names hide these modules as attributes of the package.
+batch_norm = importlib.import_module("cast_kernels.batch_norm")
 gradcam_cosine = importlib.import_module("cast_kernels.gradcam_cosine")
 info_nce = importlib.import_module("cast_kernels.info_nce")
 
@@ -44,6 +45,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
     torch.float32: "*fp32",
+    torch.uint8: "*u8",
     torch.int32: "*i32",
     torch.int64: "*i64",
 }
@@ -101,6 +103,55 @@ def _info_nce(
     return cases
 
 
+def _batch_norm(dtype: torch.dtype, *, samples: int = 256, channels: int = 256, side: int = 56) -> list[Case]:
+    """Every operator of the BatchNorm family, with each of its optional arguments."""
+    norm = batch_norm
+    x, dy, dy_skip, y, shortcut = (_maps(samples, channels, side, dtype) for _ in range(5))
+    pooled, pooled_skip = (_maps(samples, channels, (side + 1) // 2, dtype) for _ in range(2))
+    choice = _maps(samples, channels, (side + 1) // 2, torch.uint8)
+    mean, scale, bias, constant, slope, mean2, scale2, bias2, constant2, slope2 = (
+        _meta(channels, dtype=torch.float32) for _ in range(10)
+    )
+    first, second = (mean, scale, constant, slope), (mean2, scale2, constant2, slope2)
+    # How many tiles of activations one program reads at a time: the pool's windows and pixels are four of each.
+    plans = [
+        ("statistics", 1, norm._statistics.plan(x)),
+        ("apply", 1, norm._apply.plan(x, mean, scale, bias)),
+        ("apply, shortcut", 2, norm._apply.plan(x, mean, scale, bias, shortcut)),
+        ("apply, two", 2, norm._apply.plan(x, mean, scale, bias, shortcut, mean2, scale2, bias2)),
+        ("relu_reduce", 2, norm._relu_reduce.plan(dy, x, mean, scale, bias)),
+        ("relu_input_gradient", 2, norm._relu_input_gradient.plan(dy, x, mean, scale, bias, constant, slope)),
+        ("add_reduce, one", 3, norm._add_reduce.plan(dy, None, y, x, mean)),
+        ("add_reduce", 4, norm._add_reduce.plan(dy, dy_skip, y, x, mean)),
+        ("add_reduce, two", 5, norm._add_reduce.plan(dy, dy_skip, y, x, mean, shortcut, mean2)),
+        ("input_gradient", 2, norm._input_gradient.plan(dy, x, *first)),
+        ("input_gradients", 3, norm._input_gradients.plan(dy, x, *first, shortcut, *second)),
+        ("relu_pool", 9, norm._relu_pool.plan(x, mean, scale, bias)),
+        ("relu_pool_reduce", 12, norm._relu_pool_reduce.plan(pooled, pooled_skip, choice, x, mean, scale, bias)),
+        (
+            "relu_pool_input_gradient",
+            12,
+            norm._relu_pool_input_gradient.plan(pooled, pooled_skip, choice, x, mean, scale, bias, constant, slope),
+        ),
+    ]
+    suffix = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
+    if channels % 16:
+        suffix += f" C={channels}"
+    found: list[Case] = []
+    for name, tiles, (sweep, *combine) in plans:
+        elements = sweep.constants["BLOCK_R"] * sweep.constants["BLOCK_C"] * dtype.itemsize
+        wide = 0 if channels % 16 else tiles * elements // (sweep.num_warps * 32 * 16)
+        narrow = 16 if dtype.itemsize == 2 and not channels % 16 else 0
+        found.append(Case(f"batch_norm {name} {suffix}", sweep, wide, narrow))
+        if combine and dtype == torch.bfloat16 and name in ("statistics", "relu_reduce"):
+            found.append(Case(f"batch_norm {name} {suffix}, combine", combine[0], 0, 0))
+    return found
+
+
+def _maps(samples: int, channels: int, side: int, dtype: torch.dtype) -> Tensor:
+    return _meta(samples, channels, side, side, dtype=dtype).to(memory_format=torch.channels_last)
+
+
 def cases(capability: int) -> Iterator[Case]:
     """The launches of the sizes that the project trains with, and the corners that differ in code."""
     yield _gradcam("gradcam_cosine bf16", torch.bfloat16)
@@ -121,6 +172,10 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _info_nce("info_nce fp32 D=512", torch.float32, 0.07, capability, dimension=512)
     yield from _info_nce("info_nce bf16 D=256", torch.bfloat16, 0.07, capability, dimension=256)
     yield from _info_nce("info_nce bf16 D=512", torch.bfloat16, 0.07, capability, dimension=512)
+    yield from _batch_norm(torch.bfloat16)
+    yield from _batch_norm(torch.float16)
+    yield from _batch_norm(torch.float32)
+    yield from _batch_norm(torch.bfloat16, channels=65, side=7)
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
@@ -155,8 +210,7 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
     """Compile one case and read its resources from the binary."""
     signature, constants, attributes = specialise(case.launch)
     source = ASTSource(fn=case.launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": case.launch.num_warps, "num_stages": case.launch.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=case.launch.options())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -220,7 +274,7 @@ def measure(capabilities: Iterable[int]) -> tuple[dict[str, Any], list[str]]:
         for case in cases(capability):
             launch = case.launch
             row = compile_case(case, capability)
-            sizes = {**launch.constants, "num_warps": launch.num_warps, "num_stages": launch.num_stages}
+            sizes = {**launch.constants, **launch.options()}
             table.setdefault(case.name, {})[f"sm_{capability}"] = {"launch": sizes, **row}
             found += [f"{case.name}, sm_{capability}: {fault}" for fault in faults(case, row)]
     return table, found

@@ -515,12 +515,14 @@ def test_pool_is_torchs_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype, b
         spots = torch.rand(shape, generator=torch.Generator().manual_seed(2)) < 0.15
         x[spots.to(KERNEL_DEVICE)] = torch.nan
     channels = shape[1]
-    vectors = [torch.full((channels,), value, device=KERNEL_DEVICE) for value in (0.5, 1.0 / 3.0, 0.125)]
-    y, choice = module._relu_pool.launch(x, *vectors)
-    full = module._apply.launch(x, *vectors).float().cpu()
-    expected, index = F.max_pool2d(full, 3, 2, 1, return_indices=True)
-    assert torch.equal(y.float().cpu().nan_to_num(-1.0), expected.nan_to_num(-1.0))
-    assert torch.equal(pixels(choice, shape[3]).cpu(), index)
+    # Zeros among them; and numbers that 16 bits cannot tell from each other.
+    for numbers in ((0.5, 1.0 / 3.0, 0.125), (0.0, 2.0**-12, 4.0)):
+        vectors = [torch.full((channels,), value, device=KERNEL_DEVICE) for value in numbers]
+        y, choice = module._relu_pool.launch(x, *vectors)
+        full = module._apply.launch(x, *vectors).float().cpu()
+        expected, index = F.max_pool2d(full, 3, 2, 1, return_indices=True)
+        assert torch.equal(y.float().cpu().nan_to_num(-1.0), expected.nan_to_num(-1.0))
+        assert torch.equal(pixels(choice, shape[3]).cpu(), index)
 
 
 @pytest.mark.usefixtures("poisoned")

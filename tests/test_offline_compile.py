@@ -51,6 +51,21 @@ assert "no longer" in oc.differences({}, table)[0]
     assert done.returncode == 0, done.stderr
 
 
+def test_sizes_of_one_compile() -> None:
+    """Triton makes a constant of a run-time argument that is 1, and a constant has no methods."""
+    script = """
+import torch, offline_compile as oc
+for case in oc._batch_norm(torch.float32, samples=1, channels=1, side=1):
+    assert any(isinstance(argument, int) and argument == 1 for argument in case.launch.arguments), case.name
+    oc.compile_case(case, 90)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(ROOT / "kernels"), str(ROOT / "benchmarks"), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_committed_table_is_free_of_spills() -> None:
     tables = sorted((ROOT / "benchmarks" / "results" / "offline").glob("triton-*.json"))
     assert tables

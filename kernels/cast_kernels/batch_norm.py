@@ -71,7 +71,9 @@ four tiles of each input in flight through shared memory, 16 KB and more a progr
 COMBINED = 256
 """Partial results that one step of a combining program takes."""
 RESIDENT = 4
-"""Programs of a reduction on each multiprocessor; registers and shared memory admit 3 to 7."""
+"""Programs of a reduction on each multiprocessor; registers and shared memory admit 3 to 5."""
+REGISTERS = 168
+"""Of a thread at most: three programs on a multiprocessor. The limit keeps the assembler from spilling for a fourth."""
 MAX_POOLED_PIXELS = 2**30
 """Largest N·H·W in front of the pool."""
 VANISHES = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 0.0}
@@ -690,11 +692,17 @@ def _pooled(x: Tensor) -> tuple[int, int]:
 
 
 def _sweep(
-    kernel: Any, x: Tensor, arguments: tuple[Tensor, ...], elements: int, pooled: bool = False, **constants: Any
+    kernel: Any,
+    x: Tensor,
+    arguments: tuple[Tensor, ...],
+    elements: int,
+    pooled: bool = False,
+    registers: int | None = None,
+    **constants: Any,
 ) -> Launch:
     """A launch with one program a tile of ``elements``: of rows of x, or of windows of the pool."""
     grid, sizes, constants = _sizes(x, elements, pooled, constants)
-    return Launch(kernel, grid, (*arguments, *sizes), constants, WARPS)
+    return Launch(kernel, grid, (*arguments, *sizes), constants, WARPS, max_registers=registers)
 
 
 def _reduction(
@@ -712,7 +720,10 @@ def _reduction(
     # Rounded down: one program more than fit would double the time.
     programs = max(1, min(tiles, RESIDENT * device_properties(x.device)[1] // blocks))
     partial = torch.empty((programs, *sums.shape), dtype=torch.float32, device=x.device)
-    sweep = Launch(kernel, (programs * blocks,), (*arguments, partial, *sizes, programs), constants, WARPS)
+    given = (*arguments, partial, *sizes, programs)
+    # That of the pool needs more where C is no multiple of 8.
+    registers = None if pooled else REGISTERS
+    sweep = Launch(kernel, (programs * blocks,), given, constants, WARPS, max_registers=registers)
     block = {"BLOCK_P": COMBINED, "BLOCK_C": 16}
     if kernel is _statistics_kernel:
         block["BLOCK_R"] = constants["BLOCK_R"]
@@ -796,7 +807,9 @@ def _plan_input_gradients(g: Tensor, x: Tensor, *rest: Tensor) -> list[Launch]:
 
 
 def _plan_relu_pool(x: Tensor, *rest: Tensor) -> list[Launch]:
-    return [_sweep(_relu_pool_kernel, x, (x, *rest), POOLED, True)]
+    # With narrow loads it is the limit that makes the assembler spill.
+    registers = None if x.shape[1] % 8 else REGISTERS
+    return [_sweep(_relu_pool_kernel, x, (x, *rest), POOLED, True, registers)]
 
 
 def _plan_relu_pool_reduce(

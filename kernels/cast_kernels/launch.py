@@ -31,6 +31,8 @@ class Launch:
     """The kernel's ``tl.constexpr`` parameters."""
     num_warps: int
     num_stages: int = 1
+    max_registers: int | None = None
+    """Of a thread. Left alone, the assembler may spill some to fit one more program on a multiprocessor."""
 
     def run(self) -> None:
         """Launch on the device of the first tensor. An empty grid launches nothing."""
@@ -39,9 +41,12 @@ class Launch:
         device = next(argument.device for argument in self.arguments if isinstance(argument, Tensor))
         guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
         with guard:
-            self.kernel[self.grid](
-                *self.arguments, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages
-            )
+            self.kernel[self.grid](*self.arguments, **self.constants, **self.options())
+
+    def options(self) -> dict[str, int]:
+        """What Triton's compiler is told beside the arguments."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.max_registers is None else {**options, "maxnreg": self.max_registers}
 
 
 @functools.cache
