@@ -2,12 +2,15 @@
 
     python benchmarks/kernels.py [--device auto|cpu|cuda] [--out DIR] [--only NAME …] [--quick]
 
-A line computes the loss and its gradient with respect to the small input (alpha, the query), which is what a training
-step needs from it; ∂A is left to the compiler in all of them (it fuses with what reads it). Inputs rotate through
-more memory than the last-level cache holds, so every call reads from device memory. ``launch`` is the bare kernel
-without autograd. The floor is the larger of bytes over the copy rate and operations over the matrix rate, both
-measured in the same run; ``of floor`` is the floor's time over the line's. A line whose results differ from the
-reference fails and reports no time.
+For the losses a line computes the loss and its gradient with respect to the small input (alpha, the query), which is
+what a training step needs from it; ∂A is left to the compiler in all of them (it fuses with what reads it). ``launch``
+is the bare kernel without autograd. The BatchNorm operators are timed one by one against their references;
+``batch_norm_layers`` sets a row of them against torch: BatchNorm with its surroundings, forward and backward, eager
+(torch's own BatchNorm kernels) and compiled.
+
+Inputs rotate through more memory than the last-level cache holds, so every call reads from device memory. The floor is
+the larger of bytes over the copy rate and operations over the matrix rate, both measured in the same run; ``of floor``
+is the floor's time over the line's. A line whose results differ from the reference fails and reports no time.
 
 On a CPU the operators are the references by formula; the same lines run at reduced sizes, so the script cannot rot.
 """
@@ -35,14 +38,30 @@ from cast_kernels import reference
 
 gradcam_module = importlib.import_module("cast_kernels.gradcam_cosine")
 info_nce_module = importlib.import_module("cast_kernels.info_nce")
+batch_norm_module = importlib.import_module("cast_kernels.batch_norm")
 
-NAMES = ("gradcam_cosine", "gradcam_cosine_from_gradient", "info_nce")
+BATCH_NORM = (
+    "batch_norm_statistics",
+    "batch_norm_apply",
+    "batch_norm_relu_reduce",
+    "batch_norm_relu_input_gradient",
+    "batch_norm_add_reduce",
+    "batch_norm_input_gradient",
+    "batch_norm_input_gradients",
+    "batch_norm_relu_pool",
+    "batch_norm_relu_pool_reduce",
+    "batch_norm_relu_pool_input_gradient",
+)
+NAMES = ("gradcam_cosine", "gradcam_cosine_from_gradient", "info_nce", *BATCH_NORM, "batch_norm_layers")
 CACHE_BYTES = 128 << 20
 """Inputs rotate through at least this much: more than twice the L2 of an H200 (50 MB) or an A100 (40 MB)."""
 LEAD_CYCLES = 400_000
 """The device idles this long before a timed call, about 0.2 ms, so that the host has launched everything by then."""
 AGREEMENT = 2e-2
 """Relative error of loss and gradient, by norm, beyond which a line is wrong rather than rounded (bfloat16: 4e-3)."""
+
+LOSS = ("loss", "gradient")
+EPS = 1e-5
 
 Function = Callable[..., tuple[Tensor, ...]]
 Lines = dict[str, Callable[..., list[Tensor]]]
@@ -57,8 +76,10 @@ class Work:
     shape: dict[str, int | str]
     make: Callable[[torch.Generator], tuple[object, ...]]
     """Arguments of the operator."""
-    small: int
-    """Index of the argument whose gradient is taken."""
+    truth: Callable[..., list[Tensor]]
+    """What every line must agree with, from arguments in float64 where that is possible."""
+    results: tuple[str, ...]
+    """Names of what a line returns."""
     lines: Lines
     bytes: int
     flops: int
@@ -109,7 +130,8 @@ def gradcam_work(
     shape: dict[str, int | str] = {"N": samples, "C": channels, "H": side, "W": side}
     # One multiply-add an element for the map and one for each of the two sums; one addition for the mean.
     flops = 6 * elements + (elements if from_gradient else 0)
-    return Work(name, dtype, shape, make, 1, lines, moved, flops, inputs)
+    truth = partial(loss_and_gradient, getattr(reference, name), 1)
+    return Work(name, dtype, shape, make, truth, LOSS, lines, moved, flops, inputs)
 
 
 def info_nce_work(samples: int, keys: int, dimension: int, dtype: torch.dtype, device: torch.device) -> Work:
@@ -133,7 +155,157 @@ def info_nce_work(samples: int, keys: int, dimension: int, dtype: torch.dtype, d
     inputs = keys * dimension * dtype.itemsize
     moved = inputs + 3 * samples * dimension * 4 + samples * 12
     shape: dict[str, int | str] = {"N": samples, "K": keys, "D": dimension}
-    return Work("info_nce", dtype, shape, make, 0, lines, moved, 4 * samples * keys * dimension, inputs)
+    truth = partial(loss_and_gradient, reference.info_nce, 0)
+    flops = 4 * samples * keys * dimension
+    return Work("info_nce", dtype, shape, make, truth, LOSS, lines, moved, flops, inputs)
+
+
+def batch_norm_works(samples: int, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Work]:
+    """Every operator of the BatchNorm family on (N, C, side, side), with a shortcut where it takes one."""
+    small = (side + 1) // 2
+    shape: dict[str, int | str] = {"N": samples, "C": channels, "H": side, "W": side}
+    element = samples * channels * dtype.itemsize
+    full, pooled, choices = element * side * side, element * small * small, samples * channels * small * small
+    # Arguments in the operator's order: x a map, p a pooled one, c choices, v a vector; and bytes read and written.
+    table = {
+        "batch_norm_statistics": ("x", full),
+        "batch_norm_apply": ("xvvvxvvv", 3 * full),
+        "batch_norm_relu_reduce": ("xxvvv", 2 * full),
+        "batch_norm_relu_input_gradient": ("xxvvvvv", 3 * full),
+        "batch_norm_add_reduce": ("xxxxvxv", 6 * full),
+        "batch_norm_input_gradient": ("xxvvvv", 3 * full),
+        "batch_norm_input_gradients": ("xxvvvvxvvvv", 5 * full),
+        "batch_norm_relu_pool": ("xvvv", full + pooled + choices),
+        "batch_norm_relu_pool_reduce": ("ppcxvvv", full + 2 * pooled + choices),
+        "batch_norm_relu_pool_input_gradient": ("ppcxvvvvv", 2 * full + 2 * pooled + choices),
+    }
+    assert tuple(table) == BATCH_NORM
+    return [
+        batch_norm_work(name, kinds, moved, shape, dtype, device, (full, pooled))
+        for name, (kinds, moved) in table.items()
+    ]
+
+
+def batch_norm_work(
+    name: str,
+    kinds: str,
+    moved: int,
+    shape: dict[str, int | str],
+    dtype: torch.dtype,
+    device: torch.device,
+    sizes: tuple[int, int],
+) -> Work:
+    """One operator; ``kinds`` and ``sizes`` (bytes of a map, of a pooled one) as in ``batch_norm_works``."""
+    samples, channels, side = (int(shape[key]) for key in ("N", "C", "H"))
+    small = (side + 1) // 2
+
+    def make(generator: torch.Generator) -> tuple[object, ...]:
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
+
+        def argument(kind: str) -> Tensor:
+            if kind == "v":
+                return random(channels)
+            edge = side if kind == "x" else small
+            if kind == "c":
+                # Of the centre alone it is certain that it lies in the image.
+                return torch.full((samples, channels, edge, edge), 4, dtype=torch.uint8, device=device).to(
+                    memory_format=torch.channels_last
+                )
+            return random(samples, channels, edge, edge).to(dtype).to(memory_format=torch.channels_last)
+
+        return tuple(argument(kind) for kind in kinds)
+
+    plain, operator = getattr(reference, name), getattr(cast_kernels, name)
+    kernel = next(value for value in vars(batch_norm_module).values() if getattr(value, "name", None) == name)
+    # No reference compiled: it takes half a minute, and what matters is a layer.
+    functions = {"eager": plain, "operator": operator}
+    if device.type == "cuda":
+        functions["launch"] = kernel.launch
+
+    def tensors(function: Callable[..., object], *arguments: object) -> list[Tensor]:
+        results = function(*arguments)
+        found = [results] if isinstance(results, Tensor) else list(results)  # pyright: ignore[reportArgumentType]
+        # A choice is a matter of rounding where two pixels are nearly as large; its values are compared.
+        return [tensor for tensor in found if tensor.is_floating_point()]
+
+    lines: Lines = {line: partial(tensors, function) for line, function in functions.items()}
+    inputs = kinds.count("x") * sizes[0] + kinds.count("p") * sizes[1]
+    results = tuple(f"result {place}" for place in range(2))
+    return Work(name, dtype, shape, make, partial(tensors, plain), results, lines, moved, 0, inputs)
+
+
+def torch_layer(form: str, x: Tensor, shortcut: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """BatchNorm in training mode, [shortcut, added,] ReLU [and max pool] by torch: output and gradients."""
+    leaves = [tensor.detach().requires_grad_() for tensor in (x, shortcut, weight, bias)]
+    y = F.batch_norm(leaves[0], None, None, leaves[2], leaves[3], training=True, eps=EPS)
+    if form == "add":
+        y = y + leaves[1]
+    y = y.relu()
+    if form == "pool":
+        y = F.max_pool2d(y, 3, 2, 1)
+    wanted = leaves if form == "add" else [leaves[0], *leaves[2:]]
+    return [y.detach(), *torch.autograd.grad(y, wanted, dy)]
+
+
+def streamed_layer(form: str, x: Tensor, shortcut: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+    """The same by the operators, in a row."""
+    rows = x.numel() // x.shape[1]
+    mean, variance = cast_kernels.batch_norm_statistics(x).unbind()
+    rstd = (variance + EPS).rsqrt()
+    scale = weight * rstd
+    g = choice = dy
+    if form == "relu":
+        y = cast_kernels.batch_norm_apply(x, mean, scale, bias)
+        total, tilted = cast_kernels.batch_norm_relu_reduce(dy, x, mean, scale, bias).unbind()
+    elif form == "add":
+        y = cast_kernels.batch_norm_apply(x, mean, scale, bias, shortcut)
+        g, sums = cast_kernels.batch_norm_add_reduce(dy, None, y, x, mean)
+        total, tilted = sums.unbind()
+    else:
+        y, choice = cast_kernels.batch_norm_relu_pool(x, mean, scale, bias)
+        total, tilted = cast_kernels.batch_norm_relu_pool_reduce(dy, None, choice, x, mean, scale, bias).unbind()
+    ends = scale * total / rows, scale * rstd * rstd * tilted / rows
+    if form == "relu":
+        dx = cast_kernels.batch_norm_relu_input_gradient(dy, x, mean, scale, bias, *ends)
+    elif form == "add":
+        dx = cast_kernels.batch_norm_input_gradient(g, x, mean, scale, *ends)
+        return [y, dx, g, tilted * rstd, total]
+    else:
+        dx = cast_kernels.batch_norm_relu_pool_input_gradient(dy, None, choice, x, mean, scale, bias, *ends)
+    return [y, dx, tilted * rstd, total]
+
+
+def layer_work(form: str, samples: int, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> Work:
+    """A whole layer; ``form`` is relu, add (with an identity shortcut) or pool."""
+    small = (side + 1) // 2 if form == "pool" else side
+
+    def make(generator: torch.Generator) -> tuple[object, ...]:
+        def random(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device=device)
+
+        def maps(edge: int) -> Tensor:
+            return random(samples, channels, edge, edge).to(dtype).to(memory_format=torch.channels_last)
+
+        return maps(side), maps(side if form == "add" else 1), maps(small), random(channels), random(channels)
+
+    lines: Lines = {
+        "eager": partial(torch_layer, form),
+        "compiled": torch.compile(partial(torch_layer, form), dynamic=False),
+        "operator": partial(streamed_layer, form),
+    }
+    element = samples * channels * dtype.itemsize
+    full, pooled, choices = element * side * side, element * small * small, samples * channels * small * small
+    # Forward: x twice, y. Backward: relu dy, x; dy, x, dx. add dy, y, x, g; g, x, dx. pool dy, choice, x; the same, dx.
+    moved = {
+        "relu": 8 * full,
+        "add": 4 * full + 7 * full,
+        "pool": 2 * full + pooled + choices + (full + pooled + choices) + (2 * full + pooled + choices),
+    }[form]
+    shape: dict[str, int | str] = {"form": form, "N": samples, "C": channels, "H": side, "W": side}
+    results = ("y", "dx", "dshortcut", "dweight", "dbias") if form == "add" else ("y", "dx", "dweight", "dbias")
+    inputs = full * (3 if form == "add" else 2)
+    return Work("batch_norm_layers", dtype, shape, make, partial(torch_layer, form), results, lines, moved, 0, inputs)
 
 
 def operator_lines(name: str, small: int) -> Lines:
@@ -153,7 +325,10 @@ def works(device: torch.device, quick: bool) -> list[Work]:
         queues = ((8, 512),) if quick else ((32, 4096), (32, 16_384))
         found = [gradcam_work(n, c, 7, torch.float32, device, from_gradient=False) for n, c in sizes]
         found += [gradcam_work(n, c, 7, torch.float32, device, from_gradient=True) for n, c in sizes[:1]]
-        return found + [info_nce_work(n, k, 128, torch.float32, device) for n, k in queues]
+        found += [info_nce_work(n, k, 128, torch.float32, device) for n, k in queues]
+        n, side = (2, 8) if quick else (8, 28)
+        found += batch_norm_works(n, 64, side, torch.float32, device)
+        return found + [layer_work(form, n, 64, side, torch.float32, device) for form in ("relu", "add", "pool")]
     bf16 = torch.bfloat16
     batches = (256,) if quick else (64, 256, 512)
     queues = (65_536,) if quick else (4096, 65_536, 1_048_576)
@@ -163,7 +338,10 @@ def works(device: torch.device, quick: bool) -> list[Work]:
     if not quick:
         found.append(gradcam_work(256, 2048, 7, torch.float32, device, from_gradient=False))
         found.append(info_nce_work(256, 65_536, 128, torch.float32, device))
-    return found
+    found += batch_norm_works(256, 64, 112, bf16, device)
+    stages = ((256, 56),) if quick else ((256, 56), (512, 28), (1024, 14), (2048, 7))
+    found += [layer_work(form, 256, c, side, bf16, device) for form in ("relu", "add") for c, side in stages]
+    return [*found, layer_work("pool", 256, 64, 112, bf16, device)]
 
 
 def rotation(work: Work, device: torch.device) -> list[tuple[object, ...]]:
@@ -173,11 +351,13 @@ def rotation(work: Work, device: torch.device) -> list[tuple[object, ...]]:
     return [work.make(generator) for _ in range(count)]
 
 
-def timed_line(line: Callable[..., list[Tensor]], sets: list[tuple[object, ...]], truth: list[Tensor]) -> harness.Line:
+def timed_line(
+    line: Callable[..., list[Tensor]], sets: list[tuple[object, ...]], truth: list[Tensor], names: tuple[str, ...]
+) -> harness.Line:
     """A factory that checks the line against ``truth``, the results for the first set, then rotates through all."""
 
     def build() -> Callable[[], object]:
-        for name, got, expected in zip(("loss", "gradient"), line(*sets[0]), truth):
+        for name, got, expected in zip(names, line(*sets[0]), truth, strict=False):
             # The gradient of the form from the gradient is constant over space; a bare launch returns it once.
             if got.dim() == 2 and expected.dim() == 4:
                 expected = expected[:, :, 0, 0] * expected[0, 0].numel()
@@ -197,12 +377,14 @@ def measure(
     # One compiled function serves all sizes otherwise, and torch stops compiling it after eight.
     torch.compiler.reset()
     sets = rotation(work, device)
-    wide = [x.double() if isinstance(x, Tensor) and device.type == "cpu" else x for x in sets[0]]
-    truth = loss_and_gradient(getattr(reference, work.name), work.small, *wide)
+    wide = [
+        x.double() if isinstance(x, Tensor) and x.is_floating_point() and device.type == "cpu" else x for x in sets[0]
+    ]
+    truth = work.truth(*wide)
     cuda = device.type == "cuda"
     # Compiling takes most of a quick run on a CPU, and what it compiles there is not what it compiles on a GPU.
     names = [name for name in work.lines if not (name == "compiled" and quick and not cuda)]
-    lines = {name: timed_line(work.lines[name], sets, truth) for name in names}
+    lines = {name: timed_line(work.lines[name], sets, truth, work.results) for name in names}
     # The matrix rate is measured in bfloat16; a product of float32 takes three of them.
     operations = work.flops * (3 if work.name == "info_nce" and cuda and work.dtype == torch.float32 else 1)
     matrix = operations / rates["matmul"] if work.name == "info_nce" else 0.0

@@ -27,6 +27,21 @@ MAPS = ((1, 1, 1, 1), (3, 65, 7, 7), (2, 40, 5, 3), (2, 33, 14, 14), (1, 16, 32,
 """(N, C, H, W) of the Grad-CAM cases."""
 QUEUES = ((1, 1, 1), (3, 33, 70), (17, 128, 1000), (130, 64, 129))
 """(N, D, K) of the InfoNCE cases."""
+NORMS = ((1, 1, 1, 1), (3, 65, 7, 7), (2, 3, 6, 1), (1, 200, 5, 9))
+"""(N, C, H, W) of the BatchNorm cases."""
+BATCH_NORM = {
+    "batch_norm_statistics": ("x",),
+    "batch_norm_apply": ("xvvv", "xvvvx", "xvvvxvvv"),
+    "batch_norm_relu_reduce": ("xxvvv",),
+    "batch_norm_relu_input_gradient": ("xxvvvvv",),
+    "batch_norm_add_reduce": ("x-xxv", "xxxxv", "xxxxvxv"),
+    "batch_norm_input_gradient": ("xxvvvv",),
+    "batch_norm_input_gradients": ("xxvvvvxvvvv",),
+    "batch_norm_relu_pool": ("xvvv",),
+    "batch_norm_relu_pool_reduce": ("p-cxvvv", "ppcxvvv"),
+    "batch_norm_relu_pool_input_gradient": ("p-cxvvvvv", "ppcxvvvvv"),
+}
+"""Arguments of each operator: x a map, p one behind the pool, c choices, v a vector, - None."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Case = tuple[str, Callable[[], float]]
@@ -54,6 +69,44 @@ def cases(device: torch.device) -> Iterator[Case]:
         query, key, queue = unit(n, d, dtype=dtype), unit(n, d, dtype=dtype), unit(k, d, dtype=dtype)
         shape = f"N{n}-D{d}-K{k}-T{temperature}-{str(dtype).removeprefix('torch.')}"
         yield f"info_nce {shape}", _compare("info_nce", (query, key), (queue, temperature))
+
+    for shape, dtype in itertools.product(NORMS, DTYPES):
+        pooled = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
+
+        def argument(kind: str, shape=shape, pooled=pooled, dtype=dtype) -> Tensor | None:
+            if kind == "-":
+                return None
+            if kind == "v":
+                return random(shape[1], dtype=torch.float32)
+            if kind == "c":
+                # Of the centre alone it is certain that it lies in the image.
+                value = torch.full(pooled, 4, dtype=torch.uint8, device=device)
+            else:
+                value = random(*(shape if kind == "x" else pooled), dtype=dtype)
+            return value.contiguous(memory_format=torch.channels_last)
+
+        for name, forms in BATCH_NORM.items():
+            for form in forms:
+                size = f"{form} N{shape[0]}-C{shape[1]}-H{shape[2]}-W{shape[3]}-{str(dtype).removeprefix('torch.')}"
+                yield f"{name} {size}", _compare_values(name, tuple(argument(kind) for kind in form))
+
+
+def _compare_values(name: str, arguments: tuple[Tensor | None, ...]) -> Callable[[], float]:
+    """Runs the operator and its reference in float64; the largest relative error of the floating-point results."""
+
+    def run() -> float:
+        wide = [t.cpu().double() if t is not None and t.is_floating_point() else t for t in arguments]
+        wide = [None if t is None else t.cpu() for t in wide]
+        got, expected = getattr(cast_kernels, name)(*arguments), getattr(reference, name)(*wide)
+        pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected)
+        errors = [
+            float((left.double().cpu() - right).norm() / right.norm().clamp_min(1e-3))
+            for left, right in pairs
+            if left.is_floating_point()
+        ]
+        return max(errors)
+
+    return run
 
 
 def _compare(name: str, differentiable: tuple[Tensor, ...], rest: tuple[object, ...]) -> Callable[[], float]:

@@ -33,6 +33,14 @@ def test_a_quick_run_leaves_its_records(tmp_path: Path, capsys: pytest.CaptureFi
     assert found["shape"] == {"N": 4, "C": 64, "H": 7, "W": 7}
     # A, alpha and its gradient, saliency, cam and slope, and the loss, in float32.
     assert found["bytes"] == 4 * (4 * 64 * 49 + 2 * 4 * 64 + 3 * 4 * 49 + 4)
+    sizes = {r["name"]: r["bytes"] for r in records if r["variant"] == "operator" and r["shape"].get("form") != "pool"}
+    full = 4 * 2 * 64 * 8 * 8
+    assert sizes["batch_norm_apply"] == 3 * full
+    # dy, its skip, y, x and the shortcut; g.
+    assert sizes["batch_norm_add_reduce"] == 6 * full
+    # x, and a quarter of it four bytes and one wide.
+    assert sizes["batch_norm_relu_pool"] == full + full // 4 + full // 16
+    assert sizes["batch_norm_layers"] == 11 * full
     assert (tmp_path / "kernels.png").stat().st_size > 0
     assert "of floor" in capsys.readouterr().out
 
