@@ -71,16 +71,10 @@ CHOICES = {
     choice.name: choice
     for choice in (
         Choice("default", "the step as it is"),
-        Choice("join-keys", "fewer launches, full convolutions at small batches; no bytes", join_keys=True),
         Choice(
             "combo-kernels",
             "small kernels share launches: two thirds fewer of them; no bytes",
             inductor={"combo_kernels": True, "combo_kernel_max_num_nodes": 32},
-        ),
-        Choice(
-            "combo-pointwise",
-            "only casts and counters share launches",
-            inductor={"combo_kernels": True, "combo_kernels_pointwise_only": True, "combo_kernel_max_num_nodes": 32},
         ),
         Choice(
             "reduce-overhead",
@@ -88,10 +82,22 @@ CHOICES = {
             mode="reduce-overhead",
             countable=False,
         ),
-        Choice("three-regions", "the same kernels, so nothing; one graph is only simpler", regions="three"),
+        Choice("join-keys", "fewer launches, full convolutions at small batches; no bytes", join_keys=True),
         Choice("second-stream", "little: each kernel fills the GPU by itself", regions="stream", countable=False),
-        Choice("stem-4", "cuDNN pads to 4 or 8 by itself; we spend a third more on the images' bytes", stem=4),
+        Choice(
+            "coordinate-descent",
+            "better launch shapes of generated kernels: some per cent of the elementwise half",
+            inductor={"coordinate_descent_tuning": True},
+            countable=False,
+        ),
+        Choice("three-regions", "the same kernels, so nothing; one graph is only simpler", regions="three"),
+        Choice(
+            "combo-pointwise",
+            "only casts and counters share launches",
+            inductor={"combo_kernels": True, "combo_kernels_pointwise_only": True, "combo_kernel_max_num_nodes": 32},
+        ),
         Choice("stem-8", "as stem-4", stem=8),
+        Choice("stem-4", "cuDNN pads to 4 or 8 by itself; we spend a third more on the images' bytes", stem=4),
         Choice(
             "memory-0.7",
             "less kept, more recomputed: pays only where it makes room for a larger batch",
@@ -108,14 +114,9 @@ CHOICES = {
             mode="max-autotune-no-cudagraphs",
             countable=False,
         ),
-        Choice(
-            "coordinate-descent",
-            "better launch shapes of generated kernels: some per cent of the elementwise half",
-            inductor={"coordinate_descent_tuning": True},
-            countable=False,
-        ),
     )
 }
+"""Name → choice, in the order in which a GPU should time them: the most hopeful first, long searches last."""
 
 
 class PaddedStem(nn.Module):
@@ -413,12 +414,16 @@ def main(argv: list[str] | None = None) -> int:
     try:
         device = harness.choose_device(args.device)
         results = harness.open_results(args.out, harness.environment(device))
+        everything = []
         for batch in args.batch:
             flags = ["--device", device.type, "--arch", args.arch, "--batch", str(batch), "--size", str(args.size)]
             ladder_parser = argparse.ArgumentParser()
             ladder.add_arguments(ladder_parser)
-            settings = ladder.settings_from(ladder_parser.parse_args(flags))
-            rows += time_choices(names, settings, results, args.repeats, deadline)
+            everything.append(ladder.settings_from(ladder_parser.parse_args(flags)))
+        # All batches of a choice before the next choice: where time runs out, the most hopeful are complete.
+        for name in args.only or [name for name in CHOICES if name != "default"]:
+            for settings in everything:
+                rows += time_choices([name], settings, results, args.repeats, deadline)
     except UserError as error:
         print(f"compile_choices.py: error: {error}", file=sys.stderr)
         return 2
