@@ -6,10 +6,12 @@
 
 ``cast_fast.step.step_losses`` is traced with tensors that have no storage, lowered by Inductor for an H200 that is not
 there (``inductor_bytes``), and counted: graphs and graph breaks; for forward and backward pass the scheduled nodes
-and the bytes of the buffers that each reads and writes; the activations kept in between. A buffer counts once a call,
-also the upstream gradient that cuDNN reads in two kernels for the two gradients of a convolution. A second run without
-storage takes the eager step and follows every allocation, for its peak. Nothing is launched: this says what a GPU is
-asked to do, not how long it takes. Optimizer and momentum update are outside of the region.
+and the bytes of the buffers that each reads and writes, by kind; the activations kept in between. A buffer counts once
+a call, also the upstream gradient that cuDNN reads in two kernels for the two gradients of a convolution: what that
+adds stands beside it (``second_reading_bytes``). An operator of ``cast_kernels`` is one call; its partial sums, a few
+hundred KB, are left out. The generated source then runs without storage, and the eager step as well: every allocation
+and deletion is followed, for the peaks. Nothing is launched: this says what a GPU is asked to do, not how long it
+takes. Optimizer and momentum update are outside of the region.
 
 Counts belong to a version of torch. ``--check`` with another version than the table's says so and exits 3.
 """
@@ -23,10 +25,12 @@ import functools
 import json
 import os
 import sys
+import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 # Before Triton is imported: code is generated for a GPU, not interpreted.
 os.environ.pop("TRITON_INTERPRET", None)
@@ -58,7 +62,7 @@ OTHER_VERSION = 3
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One step to be counted: bfloat16, channels-last, a linear head, 128 dimensions, 65,536 keys."""
+    """One step to be counted: bfloat16 (the queue too), channels-last, a linear head, 128 dimensions, 65,536 keys."""
 
     arch: str
     method: str = "cast"
@@ -67,6 +71,8 @@ class Case:
     """The fused losses of ``cast_kernels``."""
     gathered: bool = True
     """``cast_fast.max_pool``."""
+    batch_norm: str = "torch"
+    """``torch`` or ``streaming``; see ``cast_fast.encoder.build_trunk``."""
     batch: int = 256
     size: int = 224
 
@@ -74,17 +80,34 @@ class Case:
     def name(self) -> str:
         losses = [] if self.method == "trunk" else ["kernels" if self.kernels else "torch"]
         parts = [self.arch, self.method, *losses]
+        parts += [] if self.batch_norm == "torch" else [self.batch_norm]
         return " ".join(parts if self.gathered else [*parts, "scattered"])
 
 
 CASES = [
     Case("resnet18"),
     Case("resnet18", gathered=False),
+    Case("resnet18", batch_norm="streaming"),
     Case("resnet50"),
     Case("resnet50", method="moco"),
     Case("resnet50", method="trunk"),
     Case("resnet50", method="trunk", gathered=False),
+    Case("resnet50", batch_norm="streaming"),
+    Case("resnet50", method="trunk", batch_norm="streaming"),
+    Case("resnet18", method="trunk"),
+    Case("resnet18", method="trunk", batch_norm="streaming"),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted(inductor_bytes.Kernel):
+    """One scheduled kernel, and what it is for."""
+
+    kind: str
+    """``convolution``, ``reduction`` or ``pointwise`` (generated), else the name of the library call."""
+    again: int
+    """Bytes of the upstream gradient that the two kernels behind one call for both gradients of a convolution read
+    twice; not in ``bytes``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,9 +116,11 @@ class Graph:
 
     kind: str
     """``forward``, ``backward`` or ``inference``."""
-    kernels: list[inductor_bytes.Kernel]
+    kernels: list[Counted]
     saved: int
     """Bytes handed over from the forward pass; of the backward graph."""
+    peak: int
+    """Most bytes alive at once in the generated code, parameters and inputs left out."""
 
 
 class _Traced(OutputCode):
@@ -146,14 +171,16 @@ def _lower(found: list[Graph], traced: torch.fx.GraphModule, cpu_inputs: Any, **
         graph._update_scheduler()
         scheduler = graph.scheduler
         kernels = [
-            inductor_bytes.Kernel(
+            Counted(
                 kind,
                 node.get_name(),
                 node.get_read_write_buffers_sizes(),
                 isinstance(node, ExternKernelSchedulerNode),
+                *_purpose(node),
             )
             for node in scheduler.nodes
         ]
+        peak = _generated_peak(graph, traced, inputs)
     context = torch._guards.TracingContext.try_get()
     if kind == "forward" and context is not None and context.output_strides is not None:
         # The backward graph is then traced with the layouts that the forward graph really leaves behind.
@@ -165,8 +192,81 @@ def _lower(found: list[Graph], traced: torch.fx.GraphModule, cpu_inputs: Any, **
         for name, value in zip(names, cpu_inputs)
         if isinstance(value, Tensor) and not name.startswith(("primals", "tangents"))
     )
-    found.append(Graph(kind, kernels, saved if kind == "backward" else 0))
+    found.append(Graph(kind, kernels, saved if kind == "backward" else 0, peak))
     return _Traced(traced)
+
+
+def _generated_peak(graph: Any, traced: torch.fx.GraphModule, inputs: list[Any]) -> int:
+    """Most bytes alive at once while the generated code runs, with tensors without storage and kernels that do nothing.
+
+    Inductor's own source is executed: its allocations, reuses and deletions, in its order. Parameters, inputs of the
+    step and upstream gradients are left out; what the forward pass has kept is alive until the source deletes it.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    wrapper = graph.wrapper_code
+    wrapper.push_codegened_graph(graph)
+    graph.scheduler.codegen()
+    source = wrapper.generate(graph.is_inference)[0].value
+    wrapper.pop_codegened_graph()
+    idle = types.SimpleNamespace(run=lambda *arguments, **options: None)
+    stand_ins = {
+        "assert_size_stride": lambda *arguments: None,
+        "empty_strided_cuda": functools.partial(_empty_strided, torch.device("cuda", 0)),
+        "empty_strided_cpu": functools.partial(_empty_strided, torch.device("cpu")),
+        "reinterpret_tensor": _reinterpret,
+        "get_raw_stream": lambda device: 0,
+    }
+    names = [node.name for node in traced.graph.nodes if node.op == "placeholder"]
+    arguments: list[Any] = []
+    allocations = _Allocations()
+    with (
+        mock.patch.object(AsyncCompile, "triton", return_value=idle),
+        mock.patch.object(AsyncCompile, "wait", return_value=None),
+        mock.patch.object(torch.cuda, "_DeviceGuard", return_value=contextlib.nullcontext()),
+        mock.patch.object(torch.cuda, "set_device", return_value=None),
+    ):
+        scope: dict[str, Any] = {"__name__": "generated", **graph.constants}
+        exec(compile(source, "<generated>", "exec"), scope)
+        # The source looks its helpers up when it runs.
+        scope.update(stand_ins)
+        held = []
+        for name, value in zip(names, inputs, strict=True):
+            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+            if name.startswith(("primals", "tangents")):
+                held.append(made)
+                allocations.ignore([made])
+            else:
+                allocations.hold(made)
+            arguments.append(made)
+            del made
+        with allocations:
+            scope["call"](arguments)
+    return allocations.peak
+
+
+def _empty_strided(device: torch.device, size: Any, stride: Any, dtype: torch.dtype) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+
+def _reinterpret(tensor: Tensor, size: Any, stride: Any, offset: int = 0) -> Tensor:
+    return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
+
+
+def _purpose(node: Any) -> tuple[str, int]:
+    """``Counted.kind`` and ``Counted.again`` of a scheduled node."""
+    from torch._inductor.scheduler import ExternKernelSchedulerNode
+
+    if not isinstance(node, ExternKernelSchedulerNode):
+        return ("reduction" if node.is_reduction() else "pointwise"), 0
+    call: Any = node.node
+    name = str(getattr(call, "op_overload", None) or getattr(call, "python_kernel_name", None) or type(call).__name__)
+    again = 0
+    if name.startswith("aten.convolution_backward"):
+        wanted = call.unflatten_args(call.inputs, call.constant_args)[0][-1]
+        if wanted[0] and wanted[1]:
+            again = int(call.inputs[0].get_numel()) * call.inputs[0].get_dtype().itemsize
+    return ("convolution" if "convolution" in name else name.removeprefix("cast_kernels.").split(".")[0]), again
 
 
 def _without_storage(model: nn.Module, mode: FakeTensorMode) -> None:
@@ -193,6 +293,14 @@ class _Allocations(TorchDispatchMode):
         for tensor in tensors:
             self._seen[tensor.untyped_storage()] = 0
 
+    def hold(self, tensor: Tensor) -> None:
+        """This one is alive already."""
+        storage = tensor.untyped_storage()
+        self._seen[storage] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._freed, storage.nbytes())
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         result = func(*args, **(kwargs or {}))
@@ -200,11 +308,7 @@ class _Allocations(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 storage = tensor.untyped_storage()
                 if storage not in self._seen:
-                    size = storage.nbytes()
-                    self._seen[storage] = size
-                    self.now += size
-                    self.peak = max(self.peak, self.now)
-                    weakref.finalize(storage, self._freed, size)
+                    self.hold(tensor)
         return result
 
     def _freed(self, size: int) -> None:
@@ -215,7 +319,8 @@ class _Allocations(TorchDispatchMode):
 def _case(case: Case) -> Iterator[tuple[Any, list[Any], MoCo]]:
     """The function of a case, its arguments, and the model, all without storage."""
     mode = FakeTensorMode()
-    model = MoCo(case.arch, 128, "linear", 65536).train()
+    queue_dtype = torch.bfloat16 if case.kernels else torch.float32  # as ``--queue-dtype auto`` has it
+    model = MoCo(case.arch, 128, "linear", 65536, batch_norm=case.batch_norm, queue_dtype=queue_dtype).train()
     for module in model.modules():
         if isinstance(module, MaxPool2d):
             module.gathered = case.gathered
@@ -290,10 +395,23 @@ def count(case: Case) -> dict[str, Any]:
             "bytes": total,
             "generated_bytes": sum(kernel.bytes for kernel in generated),
             "megabytes_per_image": round(total / case.batch / 1e6, 2),
+            "second_reading_bytes": sum(kernel.again for kernel in graph.kernels),
+            "kinds": _kinds(graph.kernels),
         }
     row["saved_bytes"] = sum(graph.saved for graph in found)
+    row["compiled_peak_bytes"] = max(graph.peak for graph in found)
     row["eager_peak_bytes"] = eager_peak(case)
     return row
+
+
+def _kinds(kernels: list[Counted]) -> dict[str, list[int]]:
+    """Kind of work -> calls and bytes."""
+    sums: dict[str, list[int]] = {}
+    for kernel in kernels:
+        entry = sums.setdefault(kernel.kind, [0, 0])
+        entry[0] += 1
+        entry[1] += kernel.bytes
+    return {kind: entry for kind, entry in sorted(sums.items()) if entry[1]}
 
 
 def worse(row: dict[str, Any], stored: dict[str, Any]) -> list[str]:
@@ -309,7 +427,8 @@ def worse(row: dict[str, Any], stored: dict[str, Any]) -> list[str]:
         for part in ("forward", "backward")
         for what, slack in limits
     ]
-    pairs += [(what, row[what], stored[what], BYTES_SLACK) for what in ("saved_bytes", "eager_peak_bytes")]
+    memory = ("saved_bytes", "compiled_peak_bytes", "eager_peak_bytes")
+    pairs += [(what, row[what], stored[what], BYTES_SLACK) for what in memory]
     for what, value, limit, slack in pairs:
         if value > limit * (1 + slack):
             faults.append(f"{what}: {value:,}, at most {limit:,} expected")
@@ -323,12 +442,15 @@ def version() -> str:
 
 def summary(name: str, row: dict[str, Any]) -> str:
     """One line for the terminal."""
+    again = row["backward"]["second_reading_bytes"] / row["batch"] / 1e6
     parts = [
         f"{part} {row[part]['nodes']} nodes, {row[part]['generated']} generated kernels, "
         f"{row[part]['megabytes_per_image']:.1f} MB an image"
         for part in ("forward", "backward")
     ]
-    memory = f"saved {row['saved_bytes'] / 1e9:.2f} GB, eager peak {row['eager_peak_bytes'] / 1e9:.2f} GB"
+    parts[1] += f" and {again:.1f} MB read a second time"
+    saved, compiled, eager = (row[f"{what}_bytes"] / 1e9 for what in ("saved", "compiled_peak", "eager_peak"))
+    memory = f"saved {saved:.2f} GB, peak {compiled:.2f} GB, eager {eager:.2f} GB"
     return f"{name}: {row['graphs']} graph, {row['graph_breaks']} breaks; {'; '.join(parts)}; {memory}"
 
 

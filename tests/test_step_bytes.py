@@ -24,11 +24,11 @@ def step_bytes(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_step_is_one_graph_and_no_larger_than_the_table() -> None:
-    done = step_bytes("--check", "--only", "resnet18 cast kernels")
+    done = step_bytes("--check", "--only", "resnet18 cast kernels", "--only", "resnet18 trunk streaming")
     if done.returncode == 3:
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 graph, 0 breaks" in done.stdout
+    assert done.stdout.count("1 graph, 0 breaks") == 2
 
 
 def test_growth_is_found() -> None:
@@ -47,7 +47,8 @@ for part, what, factor in cases:
     shrunk[part][what] = int(shrunk[part][what] / factor)
     assert step_bytes.worse(shrunk, row) == []
 assert step_bytes.worse({**row, "graph_breaks": 1}, row) == ["graph_breaks: 1, expected 0"]
-assert step_bytes.worse({**row, "saved_bytes": 2 * row["saved_bytes"]}, row)[0].startswith("saved_bytes")
+for what in ("saved_bytes", "compiled_peak_bytes"):
+    assert step_bytes.worse({**row, what: int(1.01 * row[what])}, row)[0].startswith(what)
 """
     search = os.pathsep.join(str(path) for path in (ROOT, ROOT / "kernels", ROOT / "benchmarks"))
     done = subprocess.run(
@@ -81,3 +82,36 @@ def test_tables_hold_what_the_documentation_says(path: Path) -> None:
     for name in ("resnet18 cast kernels", "resnet50 trunk"):
         assert total(name) < total(f"{name} scattered")
     assert total("resnet50 cast kernels") < 1.25 * total("resnet50 moco kernels")
+    # The goal of docs/performance.md, with what cuDNN reads a second time.
+    streaming = rows["resnet50 trunk streaming"]
+    assert total("resnet50 trunk streaming") + streaming["backward"]["second_reading_bytes"] < 256 * 340e6
+    for arch in ("resnet18", "resnet50"):
+        assert total(f"{arch} trunk streaming") < 0.88 * total(f"{arch} trunk")
+        assert total(f"{arch} cast kernels streaming") < 0.92 * total(f"{arch} cast kernels")
+
+
+@pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
+def test_every_streaming_operator_is_one_sweep(path: Path) -> None:
+    """Counted bytes against what each operator must read and write, from the shapes of a ResNet-18 at 224 pixels."""
+    row = json.loads(path.read_text())["rows"]["resnet18 trunk streaming"]
+    element = 2 * row["batch"]  # bfloat16
+    stem, pooled = 64 * 112**2, 64 * 56**2
+    layers = [64 * 56**2, 128 * 28**2, 256 * 14**2, 512 * 7**2]
+    inner = outer = 2 * sum(layers)  # two blocks a layer; a ReLU inside each and one behind it
+    projected, last = sum(layers[1:]), layers[-1]
+    expected = {
+        "batch_norm_statistics": stem + inner + outer + projected,
+        "batch_norm_apply": 2 * inner + 3 * outer,
+        "batch_norm_relu_pool": stem + 1.5 * pooled,  # choices are bytes
+        "batch_norm_relu_reduce": 2 * inner,
+        "batch_norm_relu_input_gradient": 3 * inner,
+        "batch_norm_add_reduce": 5 * outer - last + projected,  # the last block has one reader
+        "batch_norm_input_gradient": 3 * (outer - projected),
+        "batch_norm_input_gradients": 5 * projected,
+        "batch_norm_relu_pool_reduce": stem + 2.5 * pooled,
+        "batch_norm_relu_pool_input_gradient": 2 * stem + 2.5 * pooled,
+    }
+    found = {**row["forward"]["kinds"], **row["backward"]["kinds"]}
+    assert {kind for kind in found if kind.startswith("batch_norm")} == expected.keys()
+    for kind, elements in expected.items():
+        assert found[kind][1] == pytest.approx(elements * element, rel=0.002), kind
