@@ -194,6 +194,8 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
                 return Outcome(run, saved.step, total)
 
         _seed_everything(config.seed)
+        if config.batch_norm == "streaming" and device.type != "cuda":
+            logger.info("batch-norm streaming: on a CPU its operators are plain torch, unfused: same results, no gain")
         model = MoCo(
             config.arch,
             config.dim,
