@@ -195,7 +195,7 @@ def absent(name: str, settings: Settings) -> str | None:
     if name == "kernels":
         return "the fused losses are Triton kernels and need a CUDA device"
     if name in STREAMING:
-        return "streaming BatchNorm is made of Triton kernels and needs a CUDA device; on a CPU it is torch, unfused"
+        return "its Triton kernels need a CUDA device; on a CPU it is plain torch"
     return None
 
 
