@@ -25,7 +25,7 @@ PHASES=(
   "environment|30|80|device, versions, measured ceilings: copy, matrix product, ResNet-50 convolutions"
   "tests|60|200|the tests marked gpu"
   "ladder-256|200|480|throughput ladder at batch 256"
-  "kernels|60|300|each kernel against eager, torch.compile and its byte floor"
+  "kernels|60|400|each kernel against eager, torch.compile and its byte floor"
   "memcheck|60|240|compute-sanitizer memcheck on the kernels"
   "racecheck|60|240|compute-sanitizer racecheck on the kernels"
   "ladder-512|150|300|throughput ladder at batch 512"
