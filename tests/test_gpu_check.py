@@ -192,7 +192,7 @@ def test_a_failed_phase_does_not_stop_the_others_and_is_repeated_on_demand(bench
 
 
 def test_the_next_call_goes_on_where_time_ran_out(bench: Bench) -> None:
-    bench.rule("kernels.py", "exit 124")  # what timeout says; the phase had less than its limit of 300 s
+    bench.rule("kernels.py", "exit 124")  # what timeout says; the phase had less than its limit of 400 s
     done = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512", seconds=150)
     assert done.returncode == 75
     assert bench.status("environment") == "ok"
@@ -209,4 +209,4 @@ def test_the_next_call_goes_on_where_time_ran_out(bench: Bench) -> None:
 def test_a_phase_over_its_own_limit_has_failed(bench: Bench) -> None:
     bench.rule("kernels.py", "exit 124")
     assert bench.call("--only", "kernels").returncode == 1
-    assert bench.status("kernels") == "failed: over its limit of 300 s; what it wrote before is kept"
+    assert bench.status("kernels") == "failed: over its limit of 400 s; what it wrote before is kept"

@@ -172,6 +172,21 @@ def test_two_ranks_leave_one_run_folder(undisturbed: tuple[Path, list[dict[str, 
     assert [(beat["rank"], beat["step"]) for beat in beats] == [(0, TOTAL), (1, TOTAL)]
 
 
+def test_two_nodes_are_two_launchers(
+    undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path
+) -> None:
+    """One torchrun a node, with one rank each: the run of two ranks on one node, with the same bits."""
+    values = settings(scenes, tmp_path / "run", 2)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    options = ("--nnodes", "2", "--rdzv-id", "nodes", "--rdzv-endpoint", f"localhost:{port}")
+    nodes = [torchrun(values, 1, options=options) for _ in range(2)]
+    said = [node.communicate(timeout=240)[1] for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert_same_run(tmp_path / "run", undisturbed[0])
+
+
 def test_saving_in_the_background_saves_the_same(
     undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path
 ) -> None:
