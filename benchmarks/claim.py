@@ -24,6 +24,7 @@ from __future__ import annotations
 import argparse
 import concurrent.futures
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -41,6 +42,7 @@ import matplotlib
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -250,12 +252,35 @@ def make_data(work: Path, settings: Settings, workers: int | None) -> Data:
     return data
 
 
-def opened(folder: Path) -> FolderPictures:
+class DecodedPictures(FolderPictures):
+    """Pictures that stay decoded, up to a GiB of them: every run of a process is measured on the same ones.
+
+    Training does not use them. There the crops are drawn anew in every step, from the files.
+    """
+
+    def __init__(self, dataset: layout.Dataset) -> None:
+        super().__init__(dataset)
+        self._images: dict[int, Image.Image] = {}
+        self._room = 1 << 30
+
+    def image(self, index: int) -> Image.Image:
+        """The picture in RGB."""
+        if index in self._images:
+            return self._images[index]
+        image = super().image(index)
+        self._room -= 3 * image.width * image.height
+        if self._room >= 0:
+            self._images[index] = image
+        return image
+
+
+@functools.cache
+def opened(folder: Path) -> DecodedPictures:
     """A folder of made scenes with labels."""
     found = layout.scan(
         folder / "images", folder / "saliency", labels=folder / "labels.csv", manifest=folder / "manifest.json"
     )
-    return FolderPictures(layout.usable(found, skip_invalid=False, on_empty_saliency="error"))
+    return DecodedPictures(layout.usable(found, skip_invalid=False, on_empty_saliency="error"))
 
 
 # One run

@@ -131,6 +131,24 @@ def test_results_hold_every_number(finished):
     assert (finished / "chart.png").is_file() and (finished / "grounding.png").is_file()
 
 
+def test_pictures_are_decoded_once(finished, monkeypatch):
+    folder = next((finished / "work").iterdir()) / "test-free"
+    pictures = claim.DecodedPictures(claim.opened(folder).dataset)
+    first = pictures.image(3)
+    monkeypatch.setattr(claim.FolderPictures, "image", None)
+    assert pictures.image(3) is first
+    with pytest.raises(TypeError):
+        pictures.image(4)
+
+
+def test_no_more_pictures_are_kept_than_there_is_room_for(finished):
+    folder = next((finished / "work").iterdir()) / "test-free"
+    pictures = claim.DecodedPictures(claim.opened(folder).dataset)
+    pictures._room = 3 * 96 * 72 * 2
+    again = [pictures.image(index) is pictures.image(index) for index in range(4)]
+    assert again == [True, True, False, False]
+
+
 def test_methods_share_scenes_and_first_step_but_not_the_rest(finished):
     summary = json.loads((finished / "results.json").read_text())
     work = finished / "work" / claim.settings_of(claim.parse(["--out", "x", *FLAGS])).fingerprint()
