@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cast_fast.sync_batch_norm import update_running_statistics
+from cast_fast.sync_batch_norm import twin, update_running_statistics
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -65,11 +65,9 @@ def split_batch_norm(module: nn.Module, parts: int) -> None:
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.modules.batchnorm._BatchNorm):
                 continue
-            if type(child) not in (nn.BatchNorm2d, SplitBatchNorm2d) or child.momentum is None:
+            known = type(child) in (nn.BatchNorm2d, SplitBatchNorm2d)
+            if not known or not isinstance(child, nn.BatchNorm2d) or child.momentum is None:
                 raise ValueError(f"{name}: got {child}, expected nn.BatchNorm2d with a momentum")
-            twin = SplitBatchNorm2d(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats, device="meta"
-            )
-            twin._parameters, twin._buffers = child._parameters, child._buffers
-            twin.parts = parts
-            setattr(parent, name, twin.train(child.training))
+            split = twin(child, SplitBatchNorm2d)
+            split.parts = parts
+            setattr(parent, name, split)

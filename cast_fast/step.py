@@ -104,13 +104,16 @@ def resolve_precision(precision: str, device: torch.device) -> torch.dtype:
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision: got {precision!r}, expected one of {', '.join(PRECISIONS)}")
+    half = _is_half(precision, device)
     if precision == "auto":
-        fast = has_bf16_matrix_hardware(device)
         log.info(
-            "precision %s: %s %s bf16 matrix hardware", "bf16" if fast else "fp32", device, "has" if fast else "lacks"
+            "precision %s: %s %s bf16 matrix hardware", "bf16" if half else "fp32", device, "has" if half else "lacks"
         )
-        return torch.bfloat16 if fast else torch.float32
-    return torch.bfloat16 if precision == "bf16" else torch.float32
+    return torch.bfloat16 if half else torch.float32
+
+
+def _is_half(precision: str, device: torch.device) -> bool:
+    return precision == "bf16" or (precision == "auto" and has_bf16_matrix_hardware(device))
 
 
 def resolve_queue_dtype(name: str, precision: str, device: torch.device, kernels: bool) -> torch.dtype:
@@ -131,7 +134,7 @@ def resolve_queue_dtype(name: str, precision: str, device: torch.device, kernels
         raise ValueError(f"queue_dtype: got {name!r}, expected one of {', '.join(PRECISIONS)}")
     if name != "auto":
         return torch.bfloat16 if name == "bf16" else torch.float32
-    half = precision == "bf16" or (precision == "auto" and has_bf16_matrix_hardware(device))
+    half = _is_half(precision, device)
     if half and kernels:
         log.info("queue of bf16 keys: the trunk is bf16 and the losses are fused")
         return torch.bfloat16

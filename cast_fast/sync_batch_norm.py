@@ -5,10 +5,14 @@ torch's own ``nn.SyncBatchNorm`` refuses CPU tensors, where the tests run.
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor, nn
 
 from cast_fast import distributed
+
+_Kind = TypeVar("_Kind", bound=nn.BatchNorm2d)
 
 
 class SyncBatchNorm2d(nn.BatchNorm2d):
@@ -66,6 +70,13 @@ def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tens
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
+def twin(norm: nn.BatchNorm2d, kind: type[_Kind]) -> _Kind:
+    """A BatchNorm of another kind with the settings, the mode and the very tensors of ``norm``."""
+    other = kind(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats, device="meta")
+    other._parameters, other._buffers = norm._parameters, norm._buffers
+    return other.train(norm.training)
+
+
 def synchronise_batch_norm(module: nn.Module) -> None:
     """Turns every ``nn.BatchNorm2d`` below ``module`` into a ``SyncBatchNorm2d`` with the same tensors.
 
@@ -78,8 +89,4 @@ def synchronise_batch_norm(module: nn.Module) -> None:
                 continue
             if not isinstance(child, nn.BatchNorm2d) or child.momentum is None:
                 raise ValueError(f"{name}: got {child}, expected nn.BatchNorm2d with a momentum")
-            twin = SyncBatchNorm2d(
-                child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats, device="meta"
-            )
-            twin._parameters, twin._buffers = child._parameters, child._buffers
-            setattr(parent, name, twin.train(child.training))
+            setattr(parent, name, twin(child, SyncBatchNorm2d))
