@@ -55,6 +55,16 @@ place, 2^-11 and 2^-9, once more for the margin; a weighted mean of unit vectors
 CASE_DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
+def kernel_marks(warnings: str = "encountered") -> list[pytest.MarkDecorator]:
+    """For a file that tests kernels.
+
+    On a GPU its tests run compiled kernels, and ``-m gpu`` finds them. The interpreter's NumPy gives the warnings where
+    NaN and infinity are what a test is about.
+    """
+    marks = [pytest.mark.filterwarnings(f"ignore:.*{warnings}:RuntimeWarning")]
+    return marks if INTERPRETED else [*marks, pytest.mark.gpu]
+
+
 def dtype_id(dtype: torch.dtype) -> str:
     """``float32`` rather than ``torch.float32``."""
     return str(dtype).removeprefix("torch.")

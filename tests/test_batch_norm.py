@@ -21,6 +21,7 @@ from numerics import (
     assert_close,
     dtype_id,
     far_apart,
+    kernel_marks,
     poisoned,  # noqa: F401  (a fixture)
     shape_id,
 )
@@ -31,11 +32,7 @@ from cast_kernels.launch import Launch
 
 module = importlib.import_module("cast_kernels.batch_norm")
 
-# The interpreter's NumPy warns where NaN and infinity are what the test is about.
-pytestmark = [pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")]
-if not INTERPRETED:
-    # Everything here is then a test of a compiled kernel, to be found by -m gpu.
-    pytestmark.append(pytest.mark.gpu)
+pytestmark = kernel_marks()
 
 EPS = 1e-5
 SHAPES = [

@@ -18,6 +18,7 @@ from numerics import (
     assert_close,
     dtype_id,
     far_apart,
+    kernel_marks,
     poisoned,  # noqa: F401  (a fixture)
     shape_id,
 )
@@ -30,11 +31,7 @@ from cast_kernels import reference
 module = importlib.import_module("cast_kernels.info_nce")
 launch_module = importlib.import_module("cast_kernels.launch")
 
-# The interpreter's NumPy warns where NaN and infinity are what the test is about.
-pytestmark = [pytest.mark.filterwarnings("ignore:.*(encountered|All-NaN):RuntimeWarning")]
-if not INTERPRETED:
-    # Everything here is then a test of a compiled kernel, to be found by -m gpu.
-    pytestmark.append(pytest.mark.gpu)
+pytestmark = kernel_marks("(encountered|All-NaN)")
 
 # (N, K, D)
 SHAPES = [
