@@ -18,29 +18,29 @@ the run's encoder.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import hashlib
 import importlib.util
+import io
 import json
 import logging
-import os
 import pickle
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torchvision
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from cast_fast import __version__
 from cast_fast.errors import UserError
 from cast_fast.evaluate.pictures import run_folder
 from cast_fast.evaluate.weights import Model, load_encoder
+from cast_fast.files import Results, write_whole
 
 logger = logging.getLogger("cast_fast")
 
@@ -136,15 +136,23 @@ def describe(model: Model, *, size: int | None = None, extra: Mapping[str, Any] 
     }
 
 
-def save_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
-    """Writes contiguous tensors with ``about`` as JSON under the metadata key ``cast_fast``; whole or not at all."""
+def safetensors_file(state: Mapping[str, Tensor], about: Mapping[str, Any]) -> bytes:
+    """A safetensors file: contiguous tensors, and ``about`` as JSON under the metadata key ``cast_fast``.
+
+    As bytes, because safetensors reports a full disk by an exception of its own.
+    """
     contiguous = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    metadata = {"format": "pt", "cast_fast": json.dumps(about)}
-    _replace(path, lambda temporary: save_file(contiguous, str(temporary), metadata=metadata))
+    return save(contiguous, metadata={"format": "pt", "cast_fast": json.dumps(about)})
+
+
+def save_safetensors(state: Mapping[str, Tensor], path: Path, about: Mapping[str, Any]) -> None:
+    """Writes ``safetensors_file``, whole or not at all; raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, safetensors_file(state, about))
 
 
 def export(model: Model, kind: str, out: Path, *, allow_pickle: bool = False) -> Exported:
-    """Writes the trunk in one of ``FORMATS``, reads it back, compares features and writes the model card.
+    """Writes the trunk in one of ``FORMATS`` with its model card; nothing, unless read back it gives the same features.
 
     Args:
         model: what ``evaluate.weights.load_encoder`` returned.
@@ -166,29 +174,26 @@ def export(model: Model, kind: str, out: Path, *, allow_pickle: bool = False) ->
         raise UserError("--format detectron2 writes a pickle, which runs code when read: add --allow-pickle to consent")
     state = trunk_state(model)
     about = describe(model)
-    try:
-        weights = _write(kind, model, state, about, out)
-    except OSError as error:
-        raise UserError(f"--out {out}: cannot be written ({error.strerror or error})") from None
-    differences = _read_back(kind, model, out, weights)
-    sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
-    folder = out if out.is_dir() else None
-    card = folder / "README.md" if folder else out.with_suffix(".md")
-    _replace_text(card, _card(kind, model, about, out, weights, sha256, differences))
-    return Exported(out, card, sha256, differences)
+    with Results(out.parent) as files:
+        weights = _write(kind, model, state, about, files, out.name)
+        staged = files.part / out.name
+        differences = _read_back(kind, model, staged, weights)
+        sha256 = hashlib.sha256(weights.read_bytes()).hexdigest()
+        card = f"{out.name}/README.md" if staged.is_dir() else str(Path(out.name).with_suffix(".md"))
+        files.write(card, _card(kind, model, about, staged, weights, sha256, differences))
+    return Exported(out, out.parent / card, sha256, differences)
 
 
-def _write(kind: str, model: Model, state: dict[str, Tensor], about: dict[str, Any], out: Path) -> Path:
+def _write(kind: str, model: Model, state: dict[str, Tensor], about: dict[str, Any], files: Results, name: str) -> Path:
     """Writes weights and description; returns the file that holds the weights."""
     if kind == "torchvision":
-        _replace(out, lambda temporary: torch.save(state, temporary))
-        _replace_text(out.with_suffix(".json"), json.dumps(about, indent=2) + "\n")
-        return out
+        content = io.BytesIO()  # torch.save reports a full disk by a RuntimeError
+        torch.save(state, content)
+        files.write(str(Path(name).with_suffix(".json")), json.dumps(about, indent=2) + "\n")
+        return files.write(name, content.getvalue())
     if kind == "detectron2":
-        content = to_detectron2(state)
-        _replace(out, lambda temporary: temporary.write_bytes(pickle.dumps(content, protocol=4)))
-        return out
-    if kind == "timm" and out.suffix == "":
+        return files.write(name, pickle.dumps(to_detectron2(state), protocol=4))
+    if kind == "timm" and Path(name).suffix == "":
         size = about["preprocessing"]["size"]
         config = {
             "architecture": model.arch,
@@ -209,11 +214,9 @@ def _write(kind: str, model: Model, state: dict[str, Tensor], about: dict[str, A
                 "classifier": "fc",
             },
         }
-        save_safetensors(state, out / "model.safetensors", about)
-        _replace_text(out / "config.json", json.dumps(config, indent=2) + "\n")
-        return out / "model.safetensors"
-    save_safetensors(state, out, about)
-    return out
+        files.write(f"{name}/config.json", json.dumps(config, indent=2) + "\n")
+        return files.write(f"{name}/model.safetensors", safetensors_file(state, about))
+    return files.write(name, safetensors_file(state, about))
 
 
 def _features(model: Model) -> int:
@@ -243,7 +246,7 @@ def _read_back(kind: str, model: Model, out: Path, weights: Path) -> dict[str, f
     if kind == "timm":
         found = _timm_reader(model.arch, out)
         if found is None:
-            logger.warning("timm is not installed: %s was checked with torchvision only, whose keys timm shares", out)
+            logger.warning("timm is not installed: checked with torchvision only, whose keys timm shares")
         else:
             readers["timm"] = found
     differences = {}
@@ -254,7 +257,7 @@ def _read_back(kind: str, model: Model, out: Path, weights: Path) -> dict[str, f
             differences[name] = float((features - expected).abs().max()) / scale
             if not differences[name] <= TOLERANCE:
                 raise UserError(
-                    f"{weights}: read back by {name}, its features differ by {differences[name]:.1e} of the "
+                    f"{weights.name}: read back by {name}, its features differ by {differences[name]:.1e} of the "
                     f"largest one (at most {TOLERANCE:.0e} expected); the weights may hold numbers that are not finite"
                 )
     return differences
@@ -266,7 +269,7 @@ def _torchvision_reader(arch: str, state: Mapping[str, Tensor], weights: Path) -
     missing = {n for n in result.missing_keys if not n.startswith("fc.") and not n.endswith("num_batches_tracked")}
     if missing or result.unexpected_keys:
         raise UserError(
-            f"{weights}: torchvision's {arch} misses {sorted(missing)}, {result.unexpected_keys} unexpected"
+            f"{weights.name}: torchvision's {arch} misses {sorted(missing)}, {result.unexpected_keys} unexpected"
         )
     network.fc = nn.Identity()
     return network
@@ -381,22 +384,6 @@ MODEL.RESNETS.NUM_GROUPS: {network.groups}
 MODEL.RESNETS.WIDTH_PER_GROUP: {network.base_width}
 MODEL.RESNETS.STRIDE_IN_1X1: False
 INPUT.FORMAT: "RGB\""""
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes through a temporary file beside its place, so that ``path`` is whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-
-
-def _replace_text(path: Path, text: str) -> None:
-    _replace(path, lambda temporary: temporary.write_text(text))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -43,6 +43,7 @@ from cast_fast.data.layout import Fault, FoundFile, find_pairs, shown
 from cast_fast.data.prepare import SOURCE_FILE
 from cast_fast.data.progress import ordered_map, show_progress
 from cast_fast.errors import UserError
+from cast_fast.files import write_whole
 
 HELP = "make saliency maps of images"
 
@@ -395,21 +396,11 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
             )
     elif any(out.rglob("*.png")):
         raise UserError(f"{shown(out)} holds PNG files but no {SOURCE_FILE}: expected a new folder")
-    _replace(path, json.dumps(record, indent=1).encode() + b"\n")
+    write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
 def _method_of(record: Any) -> Any:
     return {key: value for key, value in record.items() if key != "tools"} if isinstance(record, dict) else record
-
-
-def _replace(path: Path, content: bytes) -> None:
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content)
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def _make(file: FoundFile, out: Path, method: Method) -> bool | Fault:
@@ -425,7 +416,7 @@ def _make(file: FoundFile, out: Path, method: Method) -> bool | Fault:
     target.parent.mkdir(parents=True, exist_ok=True)
     done, content = cv2.imencode(".png", mask.astype(np.uint8) * np.uint8(255))
     assert done
-    _replace(target, content.tobytes())
+    write_whole(target, content.tobytes())
     return not mask.any()
 
 

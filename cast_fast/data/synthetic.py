@@ -37,6 +37,7 @@ from cast_fast.data.synthetic_backgrounds import BACKGROUNDS, draw_background
 from cast_fast.data.synthetic_objects import CLASSES, Pose, Sprite, draw_object
 from cast_fast.data.synthetic_paint import Field, blur
 from cast_fast.errors import UserError
+from cast_fast.files import write_whole
 
 HELP = "write a dataset of made scenes with saliency maps and labels"
 
@@ -270,13 +271,6 @@ def _develop(picture: Field, rng: np.random.Generator) -> NDArray[np.uint8]:
     return np.clip(picture * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    """Writes a file so that it is complete or absent."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
-
-
 def _encoded(picture: NDArray[np.uint8], kind: str, **options: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, kind, **options)
@@ -296,8 +290,8 @@ def _write_scene(job: tuple[Path, int, int, float, tuple[int, int] | None]) -> N
     out, seed, index, correlation, size = job
     scene = make_scene(seed, index, correlation, size)
     image, saliency = _scene_paths(out, index)
-    _replace(saliency, _encoded(scene.saliency, "PNG", compress_level=6))
-    _replace(image, _encoded(scene.image, "JPEG", quality=_JPEG_QUALITY))
+    write_whole(saliency, _encoded(scene.saliency, "PNG", compress_level=6))
+    write_whole(image, _encoded(scene.image, "JPEG", quality=_JPEG_QUALITY))
 
 
 def _one_thread() -> None:
@@ -365,8 +359,8 @@ def write_dataset(
         steps = _run(jobs, workers or len(os.sched_getaffinity(0)))
         for _ in show_progress(steps, "Drawing scenes", len(jobs), progress):
             pass
-        _replace(out / "labels.csv", _labels(count, seed, correlation).encode())
-        _replace(out / "preview.jpg", _encoded(_preview(out, count), "JPEG", quality=85))
+        write_whole(out / "labels.csv", _labels(count, seed, correlation))
+        write_whole(out / "preview.jpg", _encoded(_preview(out, count), "JPEG", quality=85))
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
     return out
@@ -395,7 +389,7 @@ def _claim(out: Path, settings: dict[str, object], count: int) -> None:
     for folder in (out / "images", out / "saliency"):
         folder.mkdir(parents=True, exist_ok=True)
     names = {"classes": CLASSES, "backgrounds": BACKGROUNDS}
-    _replace(record, (json.dumps({**settings, "count": count, **names}, indent=2) + "\n").encode())
+    write_whole(record, json.dumps({**settings, "count": count, **names}, indent=2) + "\n")
 
 
 def _labels(count: int, seed: int, correlation: float) -> str:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import logging
 import re
@@ -39,6 +40,7 @@ from cast_fast.evaluate.figures import Caption, Picture, Sheet, Swatch
 from cast_fast.evaluate.pictures import batches, open_output, progress
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
+from cast_fast.files import Results
 
 logger = logging.getLogger("cast_fast")
 
@@ -592,24 +594,25 @@ def _adversary(
     return picture(pasted), captions
 
 
-def write_answers(path: Path, reports: Sequence[Report], variants: Mapping[str, Variant]) -> None:
+def answers_table(reports: Sequence[Report], variants: Mapping[str, Variant]) -> str:
     """CSV: variant, file, class, then each model's answer."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["variant", "file", "class", *(report.model.name for report in reports)])
-        for name, variant in variants.items():
-            for index, image in enumerate(variant.paths):
-                said = [
-                    _answer_name(
-                        r.model,
-                        variant.classes,
-                        int(r.variants[name].predicted[index]),
-                        int(r.variants[name].output[index]),
-                    )
-                    for r in reports
-                ]
-                label = class_name(variant.classes[variant.labels[index]])
-                writer.writerow([name, f"{image.parent.name}/{image.name}", label, *said])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["variant", "file", "class", *(report.model.name for report in reports)])
+    for name, variant in variants.items():
+        for index, image in enumerate(variant.paths):
+            said = [
+                _answer_name(
+                    r.model,
+                    variant.classes,
+                    int(r.variants[name].predicted[index]),
+                    int(r.variants[name].output[index]),
+                )
+                for r in reports
+            ]
+            label = class_name(variant.classes[variant.labels[index]])
+            writer.writerow([name, f"{image.parent.name}/{image.name}", label, *said])
+    return text.getvalue()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -679,13 +682,15 @@ def main(args: argparse.Namespace) -> int:
     for report in reports[1:]:
         name = f"{report.model.name} - {reports[0].model.name}"
         results["differences"][name] = compare(reports[0], report, variants, resamples=args.resamples, seed=args.seed)
-    (args.out / "backgrounds.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_answers(args.out / "backgrounds.csv", reports, variants)
     sheet = decision_sheet(
         reports, variants, lambda name, i: read_images([variants[name].paths[i]])[0], foregrounds, args.rows
-    ).save(args.out / "decisions.png")
+    )
+    with Results(args.out) as files:
+        files.write("backgrounds.json", json.dumps(results, indent=2) + "\n")
+        files.write("backgrounds.csv", answers_table(reports, variants))
+        files.write("decisions.png", sheet.png())
     _print(results, names)
-    print(f"{args.out / 'backgrounds.json'}\n{args.out / 'backgrounds.csv'}\n{sheet}")
+    print("\n".join(map(str, files.written)))
     return 0
 
 

@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import logging
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ from cast_fast.evaluate.pictures import (
     open_pictures,
     progress,
 )
+from cast_fast.files import Results
 
 logger = logging.getLogger("cast_fast")
 
@@ -186,9 +188,9 @@ def read_cutout(pictures: Pictures, index: int, size: int) -> Cutout | str:
 
 
 def make(
-    pictures: Pictures, out: Path, *, size: int = 224, train_share: float = 0.5, seed: int = 0
+    pictures: Pictures, out: Path, *, size: int = 224, train_share: float = 0.5, seed: int = 0, rows: int = 0
 ) -> tuple[list[str], int, list[tuple[str, str]]]:
-    """Writes the whole set.
+    """Writes the whole set, or nothing.
 
     Args:
         pictures: labelled, with maps.
@@ -196,20 +198,16 @@ def make(
         size: side of the square images.
         train_share: share of each class that goes to ``original/train`` and into no variant.
         seed: of the division and of the mixing.
+        rows: of the sheet of examples; 0 for none.
 
     Returns:
         Class folders, number of images in each variant, and (name, reason) of the pictures left out.
 
     Raises:
-        UserError: the folder is not empty, fewer than two classes remain, or a class has no image to test.
+        UserError: the folder is not empty or cannot be written to, fewer than two classes remain, or a class has no
+            image to test.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        occupied = any(out.iterdir())
-    except OSError as error:
-        raise UserError(f"--out: {out} cannot be a new folder ({error.strerror or error})") from None
-    if occupied:
-        raise UserError(f"--out: {out} is not empty")
+    _require_new(out)
     cutouts: dict[int, Cutout] = {}
     left_out: list[tuple[str, str]] = []
     for indices, found in batches(range(len(pictures)), lambda i: read_cutout(pictures, i, size), 64, text="cutting"):
@@ -226,13 +224,36 @@ def make(
     labels = np.array([names.index(str(pictures.labels[index])) for index in kept], np.int64)
     training = _division(labels, train_share, seed)
     stems = _stems([pictures.names[index] for index in kept])
-    for place in np.flatnonzero(training):
-        _write(out, "original", "train", folders[labels[place]], stems[place], cutouts[kept[place]].image)
     tested = np.flatnonzero(~training)
     if missing := [names[c] for c in range(len(names)) if not (labels[tested] == c).any()]:
         raise UserError(f"class {', '.join(missing[:3])}: has no image left to test with --train-share {train_share}")
-    _write_variants(out, [cutouts[kept[p]] for p in tested], [stems[p] for p in tested], labels[tested], folders, seed)
+    about: dict[str, Any] = {
+        "classes": folders,
+        "images_per_variant": len(tested),
+        "size": size,
+        "train_share": train_share,
+        "seed": seed,
+        "left_out": [{"name": name, "reason": reason} for name, reason in left_out],
+    }
+    with Results(out) as files:
+        for place in np.flatnonzero(training):
+            path = f"original/train/{folders[labels[place]]}/{stems[place]}.JPEG"
+            files.write(path, _jpeg(cutouts[kept[place]].image))
+        own = [cutouts[kept[p]] for p in tested]
+        _write_variants(files, own, [stems[p] for p in tested], labels[tested], folders, seed)
+        files.write("made.json", json.dumps(about, indent=2) + "\n")
+        if rows:
+            files.write("examples.png", example_sheet(files.part, folders, rows).png())
     return folders, len(tested), left_out
+
+
+def _require_new(out: Path) -> None:
+    try:
+        occupied = out.exists() and any(out.iterdir())
+    except OSError as error:
+        raise UserError(f"--out: {out} cannot be a new folder ({error.strerror or error})") from None
+    if occupied:
+        raise UserError(f"--out: {out} is not empty")
 
 
 def _division(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.bool_]:
@@ -245,7 +266,12 @@ def _division(labels: NDArray[np.int64], share: float, seed: int) -> NDArray[np.
 
 
 def _write_variants(
-    out: Path, cutouts: Sequence[Cutout], stems: Sequence[str], labels: NDArray[np.int64], folders: list[str], seed: int
+    files: Results,
+    cutouts: Sequence[Cutout],
+    stems: Sequence[str],
+    labels: NDArray[np.int64],
+    folders: list[str],
+    seed: int,
 ) -> None:
     lenders = draw_backgrounds(labels, len(folders), seed)
     rows = []
@@ -255,22 +281,23 @@ def _write_variants(
         for name, lender in lenders.items():
             pictures[name] = paste(cutout, tile_over(cutouts[lender[place]]))
         for name in VARIANTS:
-            _write(out, name, "val", folder, stem, pictures[name])
-        mask = out / MASKS / "val" / folder / f"{stem}.npy"
-        mask.parent.mkdir(parents=True, exist_ok=True)
+            files.write(f"{name}/val/{folder}/{stem}.JPEG", _jpeg(pictures[name]))
+        mask = io.BytesIO()
         np.save(mask, cutout.mask.astype(np.uint8))
+        files.write(f"{MASKS}/val/{folder}/{stem}.npy", mask.getvalue())
         borrowed = [stems[lenders[n][place]] for n in lenders]
         rows.append([f"{folder}/{stem}", *borrowed, *(folders[labels[lenders[n][place]]] for n in lenders)])
-    with (out / "backgrounds_used.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", *lenders, *(f"class_of_{name}" for name in lenders)])
-        writer.writerows(rows)
+    used = io.StringIO(newline="")
+    writer = csv.writer(used)
+    writer.writerow(["image", *lenders, *(f"class_of_{name}" for name in lenders)])
+    writer.writerows(rows)
+    files.write("backgrounds_used.csv", used.getvalue())
 
 
-def _write(out: Path, variant: str, part: str, folder: str, stem: str, picture: Picture) -> None:
-    path = out / variant / part / folder / f"{stem}.JPEG"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture).save(path, "JPEG", quality=QUALITY, subsampling=0)
+def _jpeg(picture: Picture) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def _safe(name: str) -> str:
@@ -336,18 +363,12 @@ def main(args: argparse.Namespace) -> int:
     pictures = open_pictures(
         args.images, args.saliency, args.data, labels=args.labels, need_maps=True, need_labels=True
     )
-    folders, count, left_out = make(pictures, args.out, size=args.size, train_share=args.train_share, seed=args.seed)
-    about: dict[str, Any] = {
-        "classes": folders,
-        "images_per_variant": count,
-        "size": args.size,
-        "train_share": args.train_share,
-        "seed": args.seed,
-        "left_out": [{"name": name, "reason": reason} for name, reason in left_out],
-    }
-    (args.out / "made.json").write_text(json.dumps(about, indent=2) + "\n")
-    sheet = example_sheet(args.out, folders, args.rows).save(args.out / "examples.png")
+    folders, count, left_out = make(
+        pictures, args.out, size=args.size, train_share=args.train_share, seed=args.seed, rows=args.rows
+    )
     if left_out:
         logger.warning("%d images left out, see made.json; the first: %s, %s", len(left_out), *left_out[0])
-    print(f"{len(folders)} classes, {count} images in each of {len(VARIANTS)} variants: {args.out}\n{sheet}")
+    print(f"{len(folders)} classes, {count} images in each of {len(VARIANTS)} variants: {args.out}")
+    if args.rows:
+        print(args.out / "examples.png")
     return 0

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import logging
 import sys
@@ -41,6 +42,7 @@ from cast_fast.evaluate.pictures import (
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean, sign_test
 from cast_fast.evaluate.weights import Model, load_classifier, unique_names
+from cast_fast.files import Results
 from cast_fast.objective import gradcam_map
 
 logger = logging.getLogger("cast_fast")
@@ -237,20 +239,20 @@ def main(args: argparse.Namespace) -> int:
             decisions[number] += said
             scores[number] += [score(d.cam, v.mask) if v.mask is not None else {} for d, v in zip(said, views)]
     results = _results(models, decisions, scores, args)
-    (args.out / "downstream.json").write_text(json.dumps(results, indent=2) + "\n")
-    _write_csv(args.out / "downstream.csv", pictures, chosen, models, decisions, scores)
-    written = [args.out / "downstream.json", args.out / "downstream.csv"]
-    for a, b in ((0, 1), (1, 0)):
-        best = ranked(decisions[a], decisions[b])[: args.rows]
-        views = [read_view(pictures, chosen[i], size) for i in best]
-        entries = [(str(pictures.names[chosen[i]]), labels[i], [d[i] for d in decisions]) for i in best]
-        title = f"{models[a].name} is right, {models[b].name} is wrong"
-        sheet = sheet_of(title, models, views, entries)
-        if not best:
-            sheet.note = "There is no such picture."
-        written.append(sheet.save(args.out / f"downstream-{'AB'[a]}-right.png"))
+    with Results(args.out) as files:
+        files.write("downstream.json", json.dumps(results, indent=2) + "\n")
+        files.write("downstream.csv", _table(pictures, chosen, models, decisions, scores))
+        for a, b in ((0, 1), (1, 0)):
+            best = ranked(decisions[a], decisions[b])[: args.rows]
+            views = [read_view(pictures, chosen[i], size) for i in best]
+            entries = [(str(pictures.names[chosen[i]]), labels[i], [d[i] for d in decisions]) for i in best]
+            title = f"{models[a].name} is right, {models[b].name} is wrong"
+            sheet = sheet_of(title, models, views, entries)
+            if not best:
+                sheet.note = "There is no such picture."
+            files.write(f"downstream-{'AB'[a]}-right.png", sheet.png())
     _print(results, models)
-    print("\n".join(map(str, written)))
+    print("\n".join(map(str, files.written)))
     return 0
 
 
@@ -307,25 +309,25 @@ def _results(
     return results
 
 
-def _write_csv(
-    path: Path,
+def _table(
     pictures: Pictures,
     chosen: Sequence[int],
     models: Sequence[Model],
     decisions: Sequence[Sequence[Decision]],
     scores: Sequence[Sequence[dict[str, float]]],
-) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns = [f"{m.name}: {c}" for m in models for c in ("answer", "confidence", "p_true", *METRICS)]
-        writer.writerow(["stem", "class", *columns])
-        for row, index in enumerate(chosen):
-            cells = []
-            for said, found in zip(decisions, scores):
-                own = said[row]
-                cells += [own.answer, f"{own.confidence:.6f}", f"{own.truth:.6f}"]
-                cells += [f"{found[row][m]:.6f}" if found[row] else "" for m in METRICS]
-            writer.writerow([pictures.names[index], pictures.labels[index], *cells])
+) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    columns = [f"{m.name}: {c}" for m in models for c in ("answer", "confidence", "p_true", *METRICS)]
+    writer.writerow(["stem", "class", *columns])
+    for row, index in enumerate(chosen):
+        cells = []
+        for said, found in zip(decisions, scores):
+            own = said[row]
+            cells += [own.answer, f"{own.confidence:.6f}", f"{own.truth:.6f}"]
+            cells += [f"{found[row][m]:.6f}" if found[row] else "" for m in METRICS]
+        writer.writerow([pictures.names[index], pictures.labels[index], *cells])
+    return text.getvalue()
 
 
 def _print(results: dict[str, Any], models: Sequence[Model]) -> None:

@@ -97,5 +97,9 @@ def extract(
     if path is not None:
         from cast_fast.export import save_safetensors
 
-        save_safetensors({"features": features}, path, {"model": model.name, "pictures": len(pictures), "size": size})
+        about = {"model": model.name, "pictures": len(pictures), "size": size}
+        try:
+            save_safetensors({"features": features}, path, about)
+        except OSError as error:  # costs only time, when they are wanted again
+            logger.warning("features are not kept: cannot write %s (%s); see --cache", path, error.strerror or error)
     return features

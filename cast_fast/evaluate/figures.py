@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ import matplotlib
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
+
+from cast_fast.files import write_whole
 
 Picture = NDArray[np.uint8]  # (H, W, 3) RGB
 
@@ -248,10 +251,16 @@ class Sheet:
                 x = self._draw_entry(canvas, draw, entry, x, top)
         return canvas
 
+    def png(self) -> bytes:
+        """The sheet as the content of a PNG file."""
+        buffer = io.BytesIO()
+        self.image().save(buffer, "PNG")
+        return buffer.getvalue()
+
     def save(self, path: Path) -> Path:
-        """Writes a PNG and returns its path."""
+        """Writes a PNG, whole or not at all, and returns its path; raises OSError."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.image().save(path)
+        write_whole(path, self.png())
         return path
 
     def _draw_headings(self, draw: ImageDraw.ImageDraw) -> None:

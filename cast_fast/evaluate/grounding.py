@@ -25,6 +25,7 @@ from __future__ import annotations
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import logging
 import sys
@@ -62,6 +63,7 @@ from cast_fast.evaluate.pictures import (
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, normalise, unique_names
+from cast_fast.files import Results
 from cast_fast.objective import gradcam_map, gradcam_weights
 from cast_fast.step import IMAGE_MEAN
 
@@ -419,16 +421,17 @@ def spread(count: int, wanted: int) -> list[int]:
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, wanted)).round()}) if count else []
 
 
-def write_rows(path: Path, measured: Measured) -> None:
+def rows_table(measured: Measured) -> str:
     """CSV: one row a picture, model and target."""
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        names = ("stem", "model", "target", "similarity", "zero_map", "salient_share", "fallback")
-        writer.writerow([*names, *METRICS])
-        for row in measured.rows:
-            fixed = (row.stem, row.model, row.target, f"{row.similarity:.6f}", int(row.zero_map))
-            rest = (f"{row.salient_share:.6f}", int(row.fallback), *(f"{row.scores[m]:.6f}" for m in METRICS))
-            writer.writerow([*fixed, *rest])
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    names = ("stem", "model", "target", "similarity", "zero_map", "salient_share", "fallback")
+    writer.writerow([*names, *METRICS])
+    for row in measured.rows:
+        fixed = (row.stem, row.model, row.target, f"{row.similarity:.6f}", int(row.zero_map))
+        rest = (f"{row.salient_share:.6f}", int(row.fallback), *(f"{row.scores[m]:.6f}" for m in METRICS))
+        writer.writerow([*fixed, *rest])
+    return text.getvalue()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -497,17 +500,17 @@ def main(args: argparse.Namespace) -> int:
         "settings": about,
         **summarise(measured, models, resamples=args.resamples, seed=args.seed),
     }
-    (args.out / "grounding.json").write_text(json.dumps(results, indent=2) + "\n")
-    write_rows(args.out / "grounding.csv", measured)
-    written = [args.out / "grounding.json", args.out / "grounding.csv"]
     shown = spread(len(pictures), args.rows * args.sheets)
-    for number in range(args.sheets):
-        chosen = shown[number * args.rows : (number + 1) * args.rows]
-        if chosen:
-            sheet = draw_sheet(models, pictures, chosen, **shared)
-            written.append(sheet.save(args.out / f"grounding-{number + 1:02d}.png"))
+    with Results(args.out) as files:
+        files.write("grounding.json", json.dumps(results, indent=2) + "\n")
+        files.write("grounding.csv", rows_table(measured))
+        for number in range(args.sheets):
+            chosen = shown[number * args.rows : (number + 1) * args.rows]
+            if chosen:
+                sheet = draw_sheet(models, pictures, chosen, **shared)
+                files.write(f"grounding-{number + 1:02d}.png", sheet.png())
     _print(results)
-    print("\n".join(map(str, written)))
+    print("\n".join(map(str, files.written)))
     return 0
 
 

@@ -35,6 +35,7 @@ from cast_fast.data import layout, shards
 from cast_fast.data.pack_sample import decode_stored
 from cast_fast.errors import UserError
 from cast_fast.evaluate.figures import Picture
+from cast_fast.files import write_fault
 
 logger = logging.getLogger("cast_fast")
 
@@ -273,7 +274,7 @@ def open_output(out: Path | None, first: Path, name: str) -> Path:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UserError(f"--out: cannot write into {folder} ({error.strerror or error})") from None
+        raise UserError(f"--out: {write_fault(error, folder)}") from None
     return folder
 
 

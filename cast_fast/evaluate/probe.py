@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import logging
 import sys
@@ -31,7 +32,8 @@ from cast_fast.evaluate.linear_probe import Sweep, hold_out
 from cast_fast.evaluate.pictures import Pictures, add_dataset_arguments, open_output, open_pictures, read_split
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
-from cast_fast.export import describe, save_safetensors, trunk_state
+from cast_fast.export import describe, safetensors_file, trunk_state
+from cast_fast.files import Results
 
 logger = logging.getLogger("cast_fast")
 
@@ -79,14 +81,12 @@ def accuracy(scores: Tensor, labels: Tensor, *, resamples: int, seed: int) -> di
     return result
 
 
-def save_classifier(
-    model: Model, classifier: nn.Linear, classes: Sequence[str], path: Path, size: int, how: str
-) -> None:
+def classifier_file(model: Model, classifier: nn.Linear, classes: Sequence[str], size: int, how: str) -> bytes:
     """Trunk and classifier as one safetensors file in torchvision's names, with the classes in its description."""
     state = trunk_state(model)
     state |= {f"fc.{name}": value.detach().cpu() for name, value in classifier.state_dict().items()}
     extra = {"classes": list(classes), "classifier": how, "name": f"{model.name}-{how}"}
-    save_safetensors(state, path, {**describe(model, size=size), **extra})
+    return safetensors_file(state, {**describe(model, size=size), **extra})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -148,23 +148,34 @@ def main(args: argparse.Namespace) -> int:
     }
     predicted: dict[str, dict[str, NDArray[np.int64]]] = {}
     args.out = open_output(args.out, args.run[0], "probe")
-    for model in models:
-        folder = args.out if len(models) == 1 else args.out / model.name
-        found, said = probe(model, pictures, labels, classes, training, test, args, device, folder)
-        results["models"][model.name] = {"weights": model.provenance.get("file"), "arch": model.arch, **found}
-        predicted[model.name] = said
-    truth = labels[test].numpy()
-    for model in models[1:]:
-        for method, said in predicted[model.name].items():
-            difference = bootstrap_difference(
-                predicted[models[0].name][method] == truth, said == truth, resamples=args.resamples, seed=args.seed
-            )
-            results["differences"].setdefault(f"{model.name} - {models[0].name}", {})[method] = difference.to_json()
-    (args.out / "probe.json").write_text(json.dumps(results, indent=2) + "\n")
-    _write_csv(args.out / "probe.csv", pictures, test, classes, labels, predicted)
+    with Results(args.out) as files:
+        for model in models:
+            folder = "" if len(models) == 1 else f"{model.name}/"
+            found, said = probe(model, pictures, labels, classes, training, test, args, device, files, folder)
+            results["models"][model.name] = {"weights": model.provenance.get("file"), "arch": model.arch, **found}
+            predicted[model.name] = said
+        results["differences"] = _differences(predicted, labels[test].numpy(), args)
+        files.write("probe.json", json.dumps(results, indent=2) + "\n")
+        files.write("probe.csv", _table(pictures, test, classes, labels, predicted))
     _print(results)
     print(f"{args.out / 'probe.json'}\n{args.out / 'probe.csv'}")
     return 0
+
+
+def _differences(
+    predicted: Mapping[str, Mapping[str, NDArray[np.int64]]], truth: NDArray[np.int64], args: argparse.Namespace
+) -> dict[str, dict[str, Any]]:
+    """Of every later model's accuracy to the first one's, by method, over the same pictures."""
+    (first, known), *others = predicted.items()
+    return {
+        f"{name} - {first}": {
+            method: bootstrap_difference(
+                known[method] == truth, answers == truth, resamples=args.resamples, seed=args.seed
+            ).to_json()
+            for method, answers in said.items()
+        }
+        for name, said in others
+    }
 
 
 def probe(
@@ -176,9 +187,10 @@ def probe(
     test: list[int],
     args: argparse.Namespace,
     device: torch.device,
-    folder: Path,
+    files: Results,
+    folder: str,
 ) -> tuple[dict[str, Any], dict[str, NDArray[np.int64]]]:
-    """All methods on one encoder; classifiers are saved in ``folder``.
+    """All methods on one encoder; classifiers go into ``folder`` (empty, or ending in a slash) of the results.
 
     Returns:
         Results as JSON, and the predicted class of each test picture by method.
@@ -199,7 +211,7 @@ def probe(
     layer = linear_probe.fit_linear(x, y, number, tried.best, epochs=args.epochs, seed=args.seed)
     scores["linear"] = layer.to(device)(z).cpu()
     found["linear"] = _about_sweep(tried)
-    save_classifier(model, layer, classes, folder / "linear.safetensors", size, "linear")
+    files.write(f"{folder}linear.safetensors", classifier_file(model, layer, classes, size, "linear"))
 
     if args.finetune:
         schedule = finetune.Schedule(epochs=args.finetune_epochs, batch=args.finetune_batch, size=size, seed=args.seed)
@@ -210,7 +222,8 @@ def probe(
         scores["finetune"] = finetune.predict(trained, pictures, test, size, args.batch, device)
         found["finetune"] = _about_sweep(tried)
         assert trained.classifier is not None
-        save_classifier(trained, trained.classifier, classes, folder / "finetune.safetensors", size, "finetune")
+        content = classifier_file(trained, trained.classifier, classes, size, "finetune")
+        files.write(f"{folder}finetune.safetensors", content)
 
     for method, values in scores.items():
         measured = accuracy(values, truth, **intervals)
@@ -246,21 +259,21 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--knn-temperature: got {args.knn_temperature}, expected more than 0")
 
 
-def _write_csv(
-    path: Path,
+def _table(
     pictures: Pictures,
     test: Sequence[int],
     classes: Sequence[str],
     labels: Tensor,
     predicted: Mapping[str, Mapping[str, NDArray[np.int64]]],
-) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        columns = [(model, method) for model, methods in predicted.items() for method in methods]
-        writer.writerow(["stem", "class", *(f"{model}: {method}" for model, method in columns)])
-        for row, index in enumerate(test):
-            said = [classes[predicted[model][method][row]] for model, method in columns]
-            writer.writerow([pictures.names[index], classes[int(labels[index])], *said])
+) -> str:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    columns = [(model, method) for model, methods in predicted.items() for method in methods]
+    writer.writerow(["stem", "class", *(f"{model}: {method}" for model, method in columns)])
+    for row, index in enumerate(test):
+        said = [classes[predicted[model][method][row]] for model, method in columns]
+        writer.writerow([pictures.names[index], classes[int(labels[index])], *said])
+    return text.getvalue()
 
 
 def _print(results: Mapping[str, Any]) -> None:

@@ -1,0 +1,154 @@
+"""Files whole or absent, results complete or not there: also where the disk is full, which a file-size limit plays."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torchvision
+from PIL import Image
+
+from cast_fast import cli
+from cast_fast.errors import UserError
+from cast_fast.export import save_safetensors
+from cast_fast.files import Results, write_whole
+
+
+@contextlib.contextmanager
+def full_disk(limit: int) -> Iterator[None]:
+    """No file can grow beyond ``limit`` bytes (EFBIG, where a full disk says ENOSPC)."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
+    write_whole(tmp_path / "a", "old")
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        write_whole(tmp_path / "a", bytes(2000))
+    assert contents(tmp_path) == {"a": b"old"}
+    write_whole(tmp_path / "a", "é")
+    assert contents(tmp_path) == {"a": b"\xc3\xa9"}
+
+
+def test_results_come_together(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out"
+    with Results(out) as files:
+        staged = files.write("table.csv", "1\n")
+        files.write("model/weights", b"2")
+        assert staged.read_text() == "1\n"
+        assert not (out / "table.csv").exists()
+    assert contents(out) == {"table.csv": b"1\n", "model/weights": b"2"}
+    assert files.written == [out / "table.csv", out / "model" / "weights"]
+    with Results(out) as files:
+        files.write("model/more", "3")
+        files.write("table.csv", "4\n")
+    assert contents(out) == {"table.csv": b"4\n", "model/weights": b"2", "model/more": b"3"}
+
+
+@pytest.mark.parametrize("how", ["disk", "error", "interrupt"])
+def test_results_that_fail_leave_what_was_there(how: str, tmp_path: Path) -> None:
+    (tmp_path / "table.csv").write_text("earlier")
+    error = {"disk": UserError, "error": ValueError, "interrupt": KeyboardInterrupt}[how]
+
+    def fail() -> None:
+        with Results(tmp_path) as files:
+            files.write("table.csv", "later")
+            if how == "disk":
+                files.write("picture.png", bytes(2000))
+            raise error
+
+    with full_disk(1000), pytest.raises(error) as caught:
+        fail()
+    if how == "disk":
+        expected = f"--out: cannot write into {tmp_path} (File too large); no result of this call is kept"
+        assert str(caught.value) == expected
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert contents(tmp_path) == {"table.csv": b"earlier"}
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(UserError, match=r"--out: cannot write into .*file/out \(Not a directory\)"),
+        Results(tmp_path / "file" / "out"),
+    ):
+        pass
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Labelled pictures with maps, an encoder and a classifier of them."""
+    root = tmp_path_factory.mktemp("setting")
+    rng = np.random.default_rng(0)
+    for name in ("images", "saliency"):
+        (root / name).mkdir()
+    rows = ["stem,class"]
+    for number in range(8):
+        mask = np.zeros((72, 96), np.uint8)
+        mask[20:50, 30:70] = 255
+        Image.fromarray(rng.integers(0, 256, (72, 96, 3), np.uint8)).save(root / "images" / f"p{number}.png")
+        Image.fromarray(mask).save(root / "saliency" / f"p{number}.png")
+        rows.append(f"p{number},{'ab'[number % 2]}")
+    (root / "labels.csv").write_text("\n".join(rows) + "\n")
+    network = torchvision.models.resnet18(num_classes=2)
+    state = network.state_dict()
+    save_safetensors(state, root / "classifier.safetensors", {"arch": "resnet18", "classes": ["a", "b"], "name": "c"})
+    trunk = {name: value for name, value in state.items() if not name.startswith("fc.")}
+    save_safetensors(trunk, root / "encoder.safetensors", {"arch": "resnet18", "name": "e"})
+    return root
+
+
+DATA = ["--images", "images", "--saliency", "saliency"]
+LABELLED = [*DATA, "--labels", "labels.csv"]
+SMALL = ["--size", "32", "--resamples", "20", "--device", "cpu"]
+COMMANDS = {
+    "grounding": (["encoder.safetensors", *DATA, *SMALL], 20_000),
+    "probe": (["encoder.safetensors", *LABELLED, *SMALL, "--epochs", "2", "--no-cache"], 1_000_000),
+    "downstream": (["classifier.safetensors", "classifier.safetensors", *LABELLED, *SMALL], 5_000),
+    "backgrounds": (["classifier.safetensors", "set", "--resamples", "20", "--device", "cpu"], 5_000),
+    "backgrounds-make": ([*LABELLED, "--size", "64"], 20_000),
+    "export": (["encoder.safetensors", "--format", "timm"], 1_000_000),
+    "crops": ([*DATA], 20_000),
+}
+"""What is called, and a size between those of the files that it writes."""
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_full_disk_is_a_line_and_leaves_nothing(
+    command: str, setting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(setting)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if command == "backgrounds" and not (setting / "set").exists():
+        assert cli.main(["backgrounds-make", *LABELLED, "--size", "64", "--out", "set"]) == 0
+    flags, limit = COMMANDS[command]
+    out = tmp_path / ("out/sheet.png" if command == "crops" else "out")
+    with full_disk(limit):
+        assert cli.main([command, *flags, "--out", str(out)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("cast-fast: error: --out: cannot write") and "File too large" in error
+    assert contents(tmp_path / "out") == {}
+    assert cli.main([command, *flags, "--out", str(out)]) == 0  # with room it is the same call
+    assert max(len(content) for content in contents(tmp_path / "out").values()) > limit
+
+
+def test_features_that_cannot_be_kept_cost_nothing_but_time(
+    setting: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(setting)
+    (tmp_path / "cache").write_text("a file, where a folder is wanted")
+    flags = ["encoder.safetensors", *LABELLED, *SMALL, "--epochs", "2", "--cache", str(tmp_path / "cache")]
+    assert cli.main(["probe", *flags, "--out", str(tmp_path / "out")]) == 0
+    assert "features are not kept: cannot write" in caplog.text
