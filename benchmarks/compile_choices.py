@@ -33,13 +33,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cast_fast import step as step_module
+from cast_fast import forward
 from cast_fast.encoder import Encoder, EncoderOutput
 from cast_fast.errors import UserError
 from cast_fast.objective import contrastive_attention_loss
 from cast_fast.optim import build_optimizer
 from cast_fast.split_batch_norm import split_batch_norm
-from cast_fast.step import TrainStep, attention_weights, embed_keys
+from cast_fast.step import COMPILE_MODES, TrainStep
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static"
 TOLERANCE = 0.02
@@ -146,7 +146,7 @@ def pad_stem(encoder: Encoder, channels: int) -> None:
 
 def _query(encoder: Encoder, query: Tensor, scale: Tensor, shift: Tensor, dtype: torch.dtype) -> EncoderOutput:
     with torch.autocast(query.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        return encoder(step_module._normalise(query, scale, shift))
+        return encoder(forward.normalise(query, scale, shift))
 
 
 def _losses(output: EncoderOutput, head: nn.Module, *arguments: Any, **maps: Any) -> Any:
@@ -154,8 +154,8 @@ def _losses(output: EncoderOutput, head: nn.Module, *arguments: Any, **maps: Any
 
 
 def three_regions(wrap: Callable[[Any], Any], stream: Any = None) -> Callable[..., Any]:
-    """``step.step_losses`` as three functions, each wrapped; with ``stream`` the keys run beside the query's pass."""
-    embed, query_pass, losses_of = wrap(embed_keys), wrap(_query), wrap(_losses)
+    """``forward.step_losses`` as three functions, each wrapped; with ``stream`` the keys run beside the query."""
+    embed, query_pass, losses_of = wrap(forward.embed_keys), wrap(_query), wrap(_losses)
 
     def step_losses(
         model: Any,
@@ -170,7 +170,10 @@ def three_regions(wrap: Callable[[Any], Any], stream: Any = None) -> Callable[..
         dtype: torch.dtype,
         kernels: bool,
         join_keys: bool = False,
+        groups: int = 1,
+        order: Tensor | None = None,
     ) -> tuple[Any, Tensor, Tensor]:
+        assert groups == 1 and order is None
         if stream is not None:
             stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream) if stream is not None else contextlib.nullcontext():
@@ -181,7 +184,7 @@ def three_regions(wrap: Callable[[Any], Any], stream: Any = None) -> Callable[..
             for tensor in (keys, masked_key):
                 if tensor is not None:
                     tensor.record_stream(torch.cuda.current_stream())
-        weight, empty = attention_weights(key_mask, weight, keys)
+        weight, empty = forward.attention_weights(key_mask, weight, keys)
         losses = losses_of(
             output,
             model.query.head,
@@ -260,7 +263,7 @@ def count(choice: Choice, arch: str) -> dict[str, Any]:
     ):
         if choice.join_keys:
             with unset_fake_temporarily():  # modules of its own are made, whose first values it throws away
-                split_batch_norm(model.key, 2)
+                split_batch_norm(model.key, passes=2)
             arguments = [*arguments, True]
         if choice.stem > 3:
             for encoder in (model.query, model.key):
@@ -297,7 +300,7 @@ def build_step(choice: Choice, settings: ladder.Settings) -> TrainStep:
     if choice.stem > 3:
         for encoder in (model.query, model.key):
             pad_stem(encoder, choice.stem)
-    recorded = step_module.COMPILE_MODES[choice.mode]
+    recorded = COMPILE_MODES[choice.mode]
     step = TrainStep(
         model,
         build_optimizer(model.query.parameters(), ladder.RATE, config.sgd_momentum, config.weight_decay),
@@ -317,7 +320,7 @@ def build_step(choice: Choice, settings: ladder.Settings) -> TrainStep:
         return torch.compile(copied, fullgraph=True, dynamic=False, mode=mode)
 
     if choice.regions == "one":
-        step._losses = wrap(step_module.step_losses)
+        step._losses = wrap(forward.step_losses)
     else:
         assert not recorded
         step._losses = three_regions(wrap, torch.cuda.Stream() if choice.regions == "stream" else None)

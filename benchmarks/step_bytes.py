@@ -4,8 +4,8 @@
     python benchmarks/step_bytes.py --write              stores it in benchmarks/results/static/torch-VERSION.json
     python benchmarks/step_bytes.py --check --only NAME  exits 1 if a case is worse than the stored table
 
-``cast_fast.step.step_losses`` is traced with tensors that have no storage, lowered by Inductor for an H200 that is not
-there (``inductor_bytes``), and counted: graphs and graph breaks; for forward and backward pass the scheduled nodes
+``cast_fast.forward.step_losses`` is traced with tensors that have no storage, lowered by Inductor for an H200 that is
+not there (``inductor_bytes``), and counted: graphs and graph breaks; for forward and backward pass the scheduled nodes
 and the bytes of the buffers that each reads and writes, by kind; the activations kept in between. A buffer counts once
 a call, also the upstream gradient that cuDNN reads in two kernels for the two gradients of a convolution: what that
 adds stands beside it (``second_reading_bytes``). An operator of ``cast_kernels`` is one call; its partial sums, a few
@@ -46,10 +46,10 @@ from torch.utils._pytree import tree_leaves
 
 from cast_fast.data.batch import random_batch
 from cast_fast.encoder import cam_grid
+from cast_fast.forward import step_losses
 from cast_fast.max_pool import MaxPool2d
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
-from cast_fast.step import step_losses
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static"
 BYTES_SLACK, NODES_SLACK = 0.005, 0.01

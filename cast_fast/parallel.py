@@ -5,9 +5,8 @@ The order of a step's collectives, all on one process group and the same on ever
 1. the rank's part of the queue sets out to the others, if the exchange is ``gather``; it travels while the key encoder
    computes;
 2. shuffled BatchNorm: uint8 key crops and masks go to random ranks (one all-to-all), are embedded there, and the
-   embeddings come back (another one), so that BatchNorm cannot tell a query's key from the batch it was in (MoCo, He et
-   al. 2020). Masked keys are formed after the shuffle. Four bytes a pixel leave a rank once, where the usual all-gather
-   of float images sends 12·W;
+   embeddings come back (another one; ``shuffle`` says why and where to). Masked keys are formed after the shuffle. Four
+   bytes a pixel leave a rank once, where the usual all-gather of float images sends 12·W;
 3. query forward and losses, under DistributedDataParallel; with the exchange ``reduce`` queries and keys are gathered
    and partial sums come back in its midst;
 4. backward: DistributedDataParallel averages the gradients bucket by bucket. Under ``torch.compile`` Dynamo's
@@ -30,12 +29,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cast_fast import distributed
-from cast_fast.data.sampling import shuffle_order
 from cast_fast.distributed import World
 from cast_fast.encoder import Encoder
+from cast_fast.forward import attention_weights, embed_keys, query_losses
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
-from cast_fast.step import attention_weights, embed_keys, query_losses
+from cast_fast.shuffle import shuffle_plan, unshuffled
+from cast_fast.split_batch_norm import split_batch_norm
 from cast_fast.sync_batch_norm import synchronise_batch_norm
 
 if TYPE_CHECKING:
@@ -48,23 +48,25 @@ COMPRESSIONS = {"none": None, "bf16": torch.bfloat16}
 
 @dataclasses.dataclass(frozen=True)
 class RankSettings:
-    """What there is to choose on many ranks.
+    """What there is to choose on many ranks, and on one whose batch is divided as if it were many.
 
     Raises:
-        ValueError: an unknown choice.
+        ValueError: an unknown choice, or fewer groups than one.
     """
 
     world: World = World()
     key_bn: str = "shuffle"
-    """BatchNorm of the key encoder: over shuffled samples, over all ranks, or over the rank's own samples."""
+    """BatchNorm of the key encoder: over groups of shuffled samples, over all ranks, or over the queries' groups."""
     query_bn: str = "local"
-    """BatchNorm of the query encoder: over the rank's own samples, or over all ranks."""
+    """BatchNorm of the query encoder: over groups of the rank's own samples, or over all ranks."""
     exchange: str = "auto"
     """See ``distributed.EXCHANGES``."""
     compression: str = "none"
     """``bf16``: gradients travel in bfloat16."""
     seed: int = 0
     """Of the shuffling."""
+    groups: int = 1
+    """Groups of a rank's batch with BatchNorm statistics apart; see ``shuffle``."""
 
     def __post_init__(self) -> None:
         for name, known in (
@@ -75,6 +77,39 @@ class RankSettings:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}, expected one of {', '.join(known)}")
+        if self.groups < 1:
+            raise ValueError(f"groups: got {self.groups}, expected at least 1")
+
+    @property
+    def key_groups(self) -> int:
+        """Groups of the key encoder's BatchNorms; statistics of all ranks have none."""
+        return 1 if self.key_bn == "sync" else self.groups
+
+    @property
+    def query_groups(self) -> int:
+        """Groups of the query encoder's BatchNorms."""
+        return 1 if self.query_bn == "sync" else self.groups
+
+
+def set_batch_norms(model: MoCo, settings: RankSettings, key_passes: int = 1) -> None:
+    """Makes the BatchNorms of both encoders take the statistics that ``settings`` ask for.
+
+    Args:
+        model: its modules are replaced where need be; its tensors stay.
+        settings: see there.
+        key_passes: batches that share one forward pass of the key encoder.
+
+    Raises:
+        ValueError: a BatchNorm that cannot be split or synchronised.
+    """
+    for encoder, across_ranks, groups, passes in (
+        (model.query, settings.query_bn == "sync", settings.query_groups, 1),
+        (model.key, settings.key_bn == "sync", settings.key_groups, key_passes),
+    ):
+        if groups * passes > 1:
+            split_batch_norm(encoder, groups, passes)
+        elif across_ranks and settings.world.size > 1:
+            synchronise_batch_norm(encoder)
 
 
 class RankLosses(NamedTuple):
@@ -92,10 +127,11 @@ class ParallelLosses:
     """Forward passes and losses of this rank's part of the global batch.
 
     Args:
-        model: on its device, the same on every rank. Its queue is shared out here (unless it is already), and its
-            BatchNorm synchronised where ``settings`` say so.
+        model: on its device, the same on every rank, its BatchNorm as ``set_batch_norms`` leaves it. Its queue is
+            shared out here (unless it is already).
         settings: see there.
-        objective, dtype, kernels, compile, scale, shift: as for ``step.TrainStep`` and ``step.step_losses``.
+        objective, dtype, kernels, compile, scale, shift: as for ``step.TrainStep`` and
+            ``forward.step_losses``.
     """
 
     def __init__(
@@ -113,10 +149,6 @@ class ParallelLosses:
         world = settings.world
         if distributed.world_size() != world.size:
             raise ValueError(f"world: got size {world.size}, expected the {distributed.world_size()} of the group")
-        if settings.key_bn == "sync":
-            synchronise_batch_norm(model.key)
-        if settings.query_bn == "sync":
-            synchronise_batch_norm(model.query)
         if not model.queue.sharded:
             model.queue.shard(world.rank, world.size)
         self._model, self._settings = model, settings
@@ -124,7 +156,7 @@ class ParallelLosses:
         self._attention = objective.attention
         self._exchange: str | None = None
         self._embed = torch.compile(embed_keys, fullgraph=True, dynamic=False) if compile else embed_keys
-        self._region = _Region(model.query, objective, dtype, kernels, compile, scale, shift)
+        self._region = _Region(model.query, objective, dtype, kernels, compile, scale, shift, settings.query_groups)
         # Statistics are averaged by the step itself. torch renames the flag; older versions know the old name only.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
         buffers: dict[str, Any] = {"forward_sync_buffers" if renamed else "broadcast_buffers": False}
@@ -169,15 +201,22 @@ class ParallelLosses:
         if self._settings.key_bn == "shuffle":
             keys, masked_key = self._embed_shuffled(batch.key, key_mask, step)
         else:
-            keys, masked_key = self._embed(self._model.key, batch.key, key_mask, self._scale, self._shift, self._dtype)
+            keys, masked_key = self._embed_here(
+                batch.key, key_mask, unshuffled(len(batch.key), self._settings.key_groups)
+            )
         weight, empty = attention_weights(key_mask, batch.weight if self._attention else None, keys)
         rows = queue.keys if gathering is None else queue.finish_gather(gathering)
         saliency = batch.query_saliency if self._attention else None
         losses = self._parallel(batch.query, keys, rows, masked_key, saliency, weight, gathering is None)
         return RankLosses(*losses), keys, empty
 
+    def _embed_here(self, key: Tensor, key_mask: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        order = None if order is None else order.to(key.device, non_blocking=True)
+        return self._embed(self._model.key, key, key_mask, self._scale, self._shift, self._dtype, order=order)
+
     def _embed_shuffled(self, key: Tensor, key_mask: Tensor | None, step: int) -> tuple[Tensor, Tensor | None]:
-        plan = shuffle_plan(self._settings.seed, step, len(key), self._settings.world.rank, self._members)
+        settings = self._settings
+        plan = shuffle_plan(settings.seed, step, len(key), settings.world.rank, self._members, settings.groups)
         order = plan.order.to(key.device, non_blocking=True)
         pixels = key.permute(0, 2, 3, 1)
         if key_mask is not None:
@@ -185,7 +224,7 @@ class ParallelLosses:
         there = distributed.all_to_all(pixels[order], plan.send, plan.receive, "key shuffle", self._group)
         crops = there[..., :3].contiguous().permute(0, 3, 1, 2)
         masks = None if key_mask is None else there[..., 3].contiguous()
-        keys, masked_key = self._embed(self._model.key, crops, masks, self._scale, self._shift, self._dtype)
+        keys, masked_key = self._embed_here(crops, masks, plan.groups)
         embeddings = keys if masked_key is None else torch.cat([keys, masked_key], dim=1)
         back = distributed.all_to_all(embeddings, plan.receive, plan.send, "key return", self._group)
         embeddings = torch.empty_like(back).index_copy_(0, order, back)
@@ -193,38 +232,6 @@ class ParallelLosses:
             return embeddings, None
         keys, masked_key = embeddings.tensor_split(2, dim=1)
         return keys.contiguous(), masked_key.contiguous()
-
-
-class ShufflePlan(NamedTuple):
-    """Which of a rank's samples goes where in one step."""
-
-    order: Tensor
-    """(N,) int64 on the CPU (pinned where there is CUDA): this rank's samples, sorted by the rank they go to."""
-    send: list[int]
-    """Samples for each rank of the group."""
-    receive: list[int]
-    """Samples from each rank of the group; they too add up to N."""
-
-
-def shuffle_plan(seed: int, step: int, count: int, rank: int, members: int) -> ShufflePlan:
-    """The shuffle of one step: a pure function of seed and step, so ranks agree without a word and a resumed run too.
-
-    Args:
-        seed: of the run.
-        step: number of the step.
-        count: N, samples a rank.
-        rank: this rank among all; groups are runs of ``members`` ranks.
-        members: ranks that shuffle among themselves.
-    """
-    target = shuffle_order(count * members, seed, step) // count
-    mine = target.reshape(members, count)
-    place = rank % members
-    order = torch.from_numpy(mine[place].argsort(kind="stable"))
-    if torch.cuda.is_available():
-        order = order.pin_memory()
-    send = [int((mine[place] == other).sum()) for other in range(members)]
-    receive = [int((mine[other] == place).sum()) for other in range(members)]
-    return ShufflePlan(order, send, receive)
 
 
 class _Region(nn.Module):
@@ -239,10 +246,12 @@ class _Region(nn.Module):
         compile: bool,
         scale: Tensor,
         shift: Tensor,
+        groups: int,
     ) -> None:
         super().__init__()
         self.query = query
         self._settings: tuple[Any, ...] = (scale, shift, objective, dtype, kernels)
+        self._groups = groups
         self._losses = torch.compile(_rank_losses, fullgraph=True, dynamic=False) if compile else _rank_losses
 
     def forward(
@@ -255,14 +264,13 @@ class _Region(nn.Module):
         weight: Tensor | None,
         sharded: bool,
     ) -> RankLosses:
-        """Arguments as for ``step.query_losses``."""
-        return self._losses(
-            self.query, query, keys, queue, masked_key, saliency, weight, *self._settings, sharded=sharded
-        )
+        """Arguments as for ``forward.query_losses``."""
+        arguments = (self.query, query, keys, queue, masked_key, saliency, weight, *self._settings)
+        return self._losses(*arguments, groups=self._groups, sharded=sharded)
 
 
-def _rank_losses(*arguments: Any, sharded: bool) -> RankLosses:
-    losses = query_losses(*arguments, across_ranks=True, sharded=sharded)
+def _rank_losses(*arguments: Any, groups: int, sharded: bool) -> RankLosses:
+    losses = query_losses(*arguments, groups=groups, across_ranks=True, sharded=sharded)
     return RankLosses(
         losses.loss, losses.loss_moco, losses.loss_cast, losses.accuracy, losses.cast_samples, losses.zero_cam
     )

@@ -1,10 +1,11 @@
 """One training step of CAST: from two uint8 crops a sample to updated encoders, optimizer and queue.
 
 The order is fixed: normalise and mask the crops; embed keys and masked keys (two passes of the key encoder, each with
-the BatchNorm statistics of its own batch); one pass of the query encoder; losses; backward; clip; SGD; momentum update;
-enqueue the keys. Everything up to the losses is one graph under ``torch.compile``; the updates are a few multi-tensor
-kernels. Nothing waits for the device: whether loss and gradient are finite is decided there, and if they are not the
-step leaves weights, BatchNorm statistics, optimizer state and queue bitwise as they were.
+the BatchNorm statistics of its own batch, or of groups of it); one pass of the query encoder; losses; backward; clip;
+SGD; momentum update; enqueue the keys. Everything up to the losses (``forward``) is one graph under ``torch.compile``;
+the updates are a few multi-tensor kernels. Nothing waits for the device: whether loss and gradient are finite is
+decided there, and if they are not the step leaves weights, BatchNorm statistics, optimizer state and queue bitwise as
+they were.
 
 With many ranks ``parallel`` computes the losses of each rank's part of the global batch; from the averaged gradients
 and the one all-reduce of the metrics every rank takes the same decision and the same step.
@@ -21,15 +22,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cast_fast import distributed
-from cast_fast.encoder import Encoder
+from cast_fast.forward import step_losses
 from cast_fast.moco import MoCo
-from cast_fast.objective import Losses, Objective, contrastive_attention_loss
+from cast_fast.objective import Objective
 from cast_fast.optim import make_gateable
-from cast_fast.split_batch_norm import split_batch_norm
+from cast_fast.parallel import ParallelLosses, RankSettings, set_batch_norms
+from cast_fast.shuffle import shuffle_plan, unshuffled
 
 if TYPE_CHECKING:
     from cast_fast.data.batch import Batch
-    from cast_fast.parallel import ParallelLosses, RankSettings
 
 log = logging.getLogger("cast_fast")
 
@@ -154,8 +155,8 @@ def compile_fault(device: torch.device) -> str | None:
 class TrainStep:
     """The training step of a ``MoCo`` model; call it with a batch and a learning rate.
 
-    Build it after the model is on its device. It holds no state of its own: a checkpoint of ``model.state_dict()`` and
-    ``optimizer.state_dict()`` continues as if never stopped.
+    Build it after the model is on its device. A checkpoint of ``model.state_dict()`` and ``optimizer.state_dict()``
+    continues as if never stopped; where keys are shuffled, ``number`` is to be set as well.
 
     Args:
         model: put into train mode here.
@@ -172,7 +173,7 @@ class TrainStep:
             torch's BatchNorm; without attention loss there is nothing to join.
         compile_mode: torch.compile's ``mode``. With one that records CUDA graphs (``"reduce-overhead"``,
             ``"max-autotune"``) the metrics are copied out of the graphs' memory.
-        ranks: what to do on many ranks (``parallel.RankSettings``); by default, and for one rank, there is no other.
+        ranks: ranks and groups of their batches (``parallel.RankSettings``); by default one of one.
 
     Raises:
         ValueError: an optimizer that is not fused, encoders in different memory formats, or a setting out of range.
@@ -191,7 +192,7 @@ class TrainStep:
         clip_grad: float = 0.0,
         join_keys: bool = False,
         compile_mode: str = "default",
-        ranks: RankSettings | None = None,
+        ranks: RankSettings = RankSettings(),  # noqa: B008 (frozen)
     ) -> None:
         if not 0 <= momentum <= 1:
             raise ValueError(f"momentum: got {momentum}, expected a number in [0, 1]")
@@ -199,7 +200,7 @@ class TrainStep:
             raise ValueError(f"clip_grad: got {clip_grad}, expected at least 0")
         if compile_mode not in COMPILE_MODES:
             raise ValueError(f"compile_mode: got {compile_mode!r}, expected one of {', '.join(COMPILE_MODES)}")
-        many = ranks is not None and ranks.world.size > 1
+        many = ranks.world.size > 1
         if many and (join_keys or compile_mode != "default"):
             raise ValueError("join_keys, compile_mode: got other than the default on many ranks, expected one rank")
         make_gateable(optimizer)
@@ -215,14 +216,14 @@ class TrainStep:
         self.dtype = resolve_precision(precision, weights.device) if weights.dtype == torch.float32 else weights.dtype
         """Arithmetic of the trunk."""
         self.number = 0
-        """Number of the next step in the run, which decides how key crops are shuffled over ranks."""
+        """Number of the next step in the run, which decides how key crops are shuffled over ranks and groups."""
         self.rank_report: RankReport | None = None
         """Of the last step; ``None`` on one rank."""
         mean, std = (weights.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGE_MEAN, IMAGE_STD))
         self._scale, self._shift = 1 / (255 * std), -mean / std
         self.join_keys = join_keys and objective.attention
-        if self.join_keys:
-            split_batch_norm(model.key, 2)
+        self._settings = ranks
+        set_batch_norms(model, ranks, key_passes=2 if self.join_keys else 1)
         self._losses = step_losses
         if compile:
             mode = None if compile_mode == "default" else compile_mode
@@ -231,9 +232,6 @@ class TrainStep:
         """Whether the compiled graph is recorded and replayed, each time in the same memory."""
         self._ranks: ParallelLosses | None = None
         if many:
-            assert ranks is not None
-            from cast_fast.parallel import ParallelLosses
-
             self._ranks = ParallelLosses(
                 model,
                 ranks,
@@ -252,13 +250,15 @@ class TrainStep:
         """Takes one step.
 
         Args:
-            batch: N pairs, on the model's device; N times the number of ranks is at most the size of the queue.
+            batch: N pairs, on the model's device; N is a multiple of the number of groups, and N times the number of
+                ranks at most the size of the queue.
             lr: learning rate of this step.
             report: (R,) on the model's device: numbers to be added up over ranks along with the metrics; the sums are
                 in ``rank_report``. Ignored on one rank.
 
         Raises:
-            ValueError: a batch without the maps that the attention loss needs, or larger than the queue.
+            ValueError: a batch without the maps that the attention loss needs, larger than the queue, or not to be
+                divided into groups.
         """
         attention = self.objective.attention
         if attention and (batch.query_saliency is None or batch.key_mask is None):
@@ -266,6 +266,10 @@ class TrainStep:
         total = len(batch.query) * distributed.world_size()
         if total > len(self.model.queue):
             raise ValueError(f"batch: got {total} samples, expected at most {len(self.model.queue)} (queue)")
+        if len(batch.query) % self._settings.groups:
+            raise ValueError(
+                f"batch: got {len(batch.query)} samples, expected a multiple of {self._settings.groups} (groups)"
+            )
         self.optimizer.zero_grad(set_to_none=True)
         self._statistics.save()
         if self._ranks is not None:
@@ -285,7 +289,10 @@ class TrainStep:
             self.dtype,
             self.kernels,
             self.join_keys,
+            self._settings.query_groups,
+            self._order(batch.key),
         )
+        self.number += 1
         losses.loss.backward()
         loss = losses.loss.detach()
         if self._recorded:
@@ -309,6 +316,15 @@ class TrainStep:
     def abstain(self) -> None:
         """From now on this process puts NaN in place of its crops: no rank changes anything, and none has to wait."""
         self._shift.fill_(torch.nan)
+
+    def _order(self, key: Tensor) -> Tensor | None:
+        """The order in which the key encoder of a single rank sees its crops."""
+        settings, groups = self._settings, self._settings.key_groups
+        if settings.key_bn == "shuffle" and groups > 1:
+            order = shuffle_plan(settings.seed, self.number, len(key), 0, 1, groups).groups
+        else:
+            order = unshuffled(len(key), groups)
+        return None if order is None else order.to(key.device, non_blocking=True)
 
     def _take(self, batch: Batch, lr: float, ranks: ParallelLosses, report: Tensor | None) -> StepMetrics:
         """The step on many ranks: the same, but that losses and counts are those of the global batch."""
@@ -355,133 +371,6 @@ class TrainStep:
             self.optimizer.step()
         finally:
             del self.optimizer.grad_scale, self.optimizer.found_inf
-
-
-def step_losses(
-    model: MoCo,
-    query: Tensor,
-    key: Tensor,
-    key_mask: Tensor | None,
-    saliency: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    objective: Objective,
-    dtype: torch.dtype,
-    kernels: bool,
-    join_keys: bool = False,
-) -> tuple[Losses, Tensor, Tensor]:
-    """Forward passes and losses of a step, from uint8 crops; the region that is compiled.
-
-    Args:
-        model: its BatchNorm statistics are updated, its queue is only read.
-        query, key: (N, 3, S, S) uint8 RGB crops.
-        key_mask: (N, S, S) uint8, 1 where the key crop is salient; ``None`` without attention loss.
-        saliency: (N, H, W) salient share of the cells of the query crop; ``None`` without attention loss.
-        weight: (N,) attention weights, 1 by default.
-        scale, shift: (1, 3, 1, 1); normalised = value · scale + shift.
-        objective: settings.
-        dtype: arithmetic of the trunk; bfloat16 is autocast.
-        kernels: use the fused losses of ``cast_kernels``.
-        join_keys: one pass of the key encoder, whose BatchNorms are split in two parts, instead of two passes.
-
-    Returns:
-        the losses, the keys (N, D) to enqueue, and how many samples lost their attention weight to an empty key mask.
-    """
-    keys, masked_key = embed_keys(model.key, key, key_mask, scale, shift, dtype, join=join_keys)
-    weight, empty_key_mask = attention_weights(key_mask, weight, keys)
-    losses = query_losses(
-        model.query,
-        query,
-        keys,
-        model.queue.keys,
-        masked_key,
-        saliency,
-        weight,
-        scale,
-        shift,
-        objective,
-        dtype,
-        kernels,
-    )
-    return losses, keys, empty_key_mask
-
-
-def embed_keys(
-    encoder: Encoder,
-    key: Tensor,
-    key_mask: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    dtype: torch.dtype,
-    *,
-    join: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """Keys (N, D) and, where there are masks, masked keys (N, D), each with the batch statistics of its own crops.
-
-    With ``join`` both are one batch of the encoder, whose BatchNorms must be split in two (``split_batch_norm``).
-    """
-    with torch.autocast(key.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16), torch.no_grad():
-        images = _normalise(key, scale, shift)
-        if join and key_mask is not None:
-            # In the trunk's type before they are joined: the compiler writes a concatenation out as it is.
-            images = images.to(dtype)
-            masked = torch.where((key_mask > 0)[:, None], images, 0)
-            both = encoder(torch.cat([images, masked]).contiguous(memory_format=torch.channels_last)).embedding
-            return both[: len(key)], both[len(key) :]
-        keys = encoder(images).embedding
-        if key_mask is None:
-            return keys, None
-        return keys, encoder(torch.where((key_mask > 0)[:, None], images, 0)).embedding
-
-
-def attention_weights(key_mask: Tensor | None, weight: Tensor | None, like: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Weights of the attention loss: zero where the key mask is empty; and how many that cost their weight."""
-    if key_mask is None:
-        return weight, torch.zeros((), dtype=torch.int64, device=like.device)
-    weight = torch.ones_like(like[:, 0]) if weight is None else weight
-    empty = ~(key_mask > 0).flatten(1).any(dim=1)
-    return torch.where(empty, 0, weight), (empty & (weight > 0)).sum()
-
-
-def query_losses(
-    encoder: Encoder,
-    query: Tensor,
-    keys: Tensor,
-    queue: Tensor,
-    masked_key: Tensor | None,
-    saliency: Tensor | None,
-    weight: Tensor | None,
-    scale: Tensor,
-    shift: Tensor,
-    objective: Objective,
-    dtype: torch.dtype,
-    kernels: bool,
-    *,
-    across_ranks: bool = False,
-    sharded: bool = False,
-) -> Losses:
-    """The one pass of the query encoder and the losses; arguments as for ``step_losses``."""
-    with torch.autocast(query.device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-        output = encoder(_normalise(query, scale, shift))
-    return contrastive_attention_loss(
-        output,
-        encoder.head,
-        keys,
-        queue,
-        objective,
-        masked_key=masked_key,
-        saliency=saliency,
-        attention_weight=weight,
-        kernels=kernels,
-        across_ranks=across_ranks,
-        sharded=sharded,
-    )
-
-
-def _normalise(images: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """uint8 (N, 3, S, S) → normalised, in the dtype of ``scale`` and in channels-last memory."""
-    return (images.to(scale.dtype) * scale + shift).contiguous(memory_format=torch.channels_last)
 
 
 def _same_layout(first: Tensor, second: Tensor) -> bool:

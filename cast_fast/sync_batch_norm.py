@@ -34,13 +34,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
             if self.running_mean is not None and self.running_var is not None:
                 count = input.numel() // input.shape[1] * distributed.world_size()
                 update_running_statistics(self, mean.detach(), variance.detach(), count)
-            factor = torch.rsqrt(variance + self.eps)
-            if self.affine:
-                factor = factor * self.weight
-            result = (values - mean[:, None, None]) * factor[:, None, None]
-            if self.affine:
-                result = result + self.bias[:, None, None]
-        return result.to(input.dtype)
+            return normalise(self, values, mean, variance).to(input.dtype)
 
 
 def join_statistics(moments: Tensor) -> Tensor:
@@ -51,6 +45,15 @@ def join_statistics(moments: Tensor) -> Tensor:
     means, variances = distributed.all_gather(moments[None], "BatchNorm statistics").unbind(1)
     mean = means.mean(0)
     return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)])
+
+
+def normalise(norm: nn.BatchNorm2d, values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+    """(…, n, C, H, W) by the statistics (…, C), and by the weight and bias of ``norm`` where it has them."""
+    factor = torch.rsqrt(variance + norm.eps)
+    if norm.affine:
+        factor = factor * norm.weight
+    result = (values - mean[..., None, :, None, None]) * factor[..., None, :, None, None]
+    return result + norm.bias[:, None, None] if norm.affine else result
 
 
 def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:

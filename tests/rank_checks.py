@@ -23,7 +23,7 @@ import torch.distributed as dist
 from tiny_encoder import STRIDE, tiny_encoder
 from torch import Tensor, nn
 
-from cast_fast import distributed, parallel
+from cast_fast import distributed
 from cast_fast.data.batch import Batch, random_batch
 from cast_fast.data.sampling import shuffle_order
 from cast_fast.distributed import RECORD, World
@@ -32,6 +32,7 @@ from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import build_optimizer
 from cast_fast.parallel import RankSettings
+from cast_fast.shuffle import shuffle_plan
 from cast_fast.step import TrainStep
 from cast_fast.sync_batch_norm import SyncBatchNorm2d, synchronise_batch_norm
 
@@ -59,6 +60,8 @@ class Case:
     attention: bool = True
     members: int = 0
     """Ranks that shuffle among themselves; 0 for all."""
+    groups: int = 1
+    """Groups of a rank's batch."""
     poisoned: tuple[int, ...] = ()
     """Steps in which the sample at position 1 has a NaN weight, so that one rank's loss is NaN."""
     dtype: torch.dtype = torch.float64
@@ -81,6 +84,10 @@ CASES = (
     Case("shuffle", key_bn="shuffle", query_bn="local", exchange="reduce"),
     Case("shuffle moco", key_bn="shuffle", query_bn="sync", attention=False),
     Case("shuffle in pairs", key_bn="shuffle", query_bn="local", members=2),
+    Case("groups", key_bn="shuffle", query_bn="local", exchange="reduce", groups=3),
+    Case("groups of keys", key_bn="shuffle", query_bn="sync", groups=3, attention=False),
+    Case("groups that stay", key_bn="local", query_bn="local", groups=3),
+    Case("groups of queries", key_bn="sync", query_bn="local", groups=3),
     Case("not finite", key_bn="shuffle", query_bn="local", exchange="reduce", poisoned=(1, 3)),
 )
 OTHER_CASES = (
@@ -178,7 +185,7 @@ def trajectory(case: Case, world: World, reference_ranks: int = 0) -> dict[str, 
         query_norms = group_batch_norm(model.query) if case.query_bn == "local" else []
         key_norms = group_batch_norm(model.key) if case.key_bn != "sync" else []
     optimizer = build_optimizer(model.query.parameters(), LR)
-    ranks = RankSettings(world, case.key_bn, case.query_bn, case.exchange, case.compression, seed=3)
+    ranks = RankSettings(world, case.key_bn, case.query_bn, case.exchange, case.compression, seed=3, groups=case.groups)
     original = distributed.subgroup_size
     if case.members:
         distributed.subgroup_size = lambda *_: case.members
@@ -334,7 +341,7 @@ def traffic(world: World) -> dict[str, dict[str, int]]:
             RECORD.reset()
             step(part(global_batch(number), world), LR)
         found[exchange] = {**RECORD.sent}
-    plan = parallel.shuffle_plan(3, 1, GLOBAL_BATCH // world.size, world.rank, world.size)
+    plan = shuffle_plan(3, 1, GLOBAL_BATCH // world.size, world.rank, world.size)
     found["shuffle"] = {"rows": sum(plan.send) - plan.send[world.rank]}
     return found
 
@@ -372,7 +379,7 @@ def everything(world: World) -> dict[str, Any]:
 
 def compiled(world: World, backend: str = "aot_eager") -> dict[str, Any]:
     """The compiled step with small buckets, the eager one beside it, and how many graphs were compiled."""
-    case = Case("compiled", key_bn="shuffle", query_bn="sync", exchange="reduce", queue_size=24, wide=True)
+    case = Case("compiled", key_bn="shuffle", query_bn="sync", exchange="reduce", queue_size=24, wide=True, groups=3)
     graphs = []
     lower = torch._dynamo.lookup_backend(backend)
 

@@ -14,7 +14,7 @@ import torch._functorch.config
 import torch._inductor.config
 from test_step import LR, batch_of, snapshot, tiny_step
 
-from cast_fast.step import step_losses
+from cast_fast.forward import step_losses
 
 TINY = ["--device", "cpu", "--arch", "resnet18", "--size", "32", "--batch", "2", "--repeats", "1"]
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from cast_fast import distributed, parallel
 from cast_fast.distributed import RECORD, Heartbeat, World, heartbeats
 from cast_fast.errors import UserError
-from cast_fast.parallel import RankSettings, shuffle_plan
+from cast_fast.parallel import RankSettings
+from cast_fast.shuffle import shuffle_plan
 from cast_fast.step import StepMetrics
 
 SIZES = (2, 4)
@@ -94,7 +95,8 @@ def test_steps_equal_those_of_one_process(ranks: list[dict[str, Any]], case: Cas
     size = len(ranks)
     if case.name not in ranks[0]:
         pytest.skip(f"groups of {case.members} are all {size} ranks")
-    expected = rank_checks.trajectory(dataclasses.replace(case, kernels=False), World(), reference_ranks=size)
+    plain = dataclasses.replace(case, kernels=False, groups=1)
+    expected = rank_checks.trajectory(plain, World(), reference_ranks=size * case.groups)
     for results in ranks:
         found = results[case.name]
         names = StepMetrics._fields
@@ -107,6 +109,25 @@ def test_steps_equal_those_of_one_process(ranks: list[dict[str, Any]], case: Cas
         if case.attention and not case.poisoned:
             counted = found["metrics"][:, [names.index("cast_samples"), names.index("empty_key_mask")]]
             assert (counted == torch.tensor([GLOBAL_BATCH - 2, 1])).all()
+
+
+@pytest.mark.parametrize("name", ["shuffle", "shuffle moco", "local", "not finite", "groups"])
+def test_groups_in_one_process_are_ranks(ranks: list[dict[str, Any]], name: str) -> None:
+    """One process with as many groups as there are ranks (and groups on them): the same run, no reference between."""
+    case = next(case for case in CASES if case.name == name)
+    alone = dataclasses.replace(case, groups=len(ranks) * case.groups, exchange="gather")
+    expected = rank_checks.trajectory(alone, World())
+    found = ranks[0][name]
+    for part in ("gradients", "state"):
+        assert_close(found[part], expected[part])
+    assert_close(*({"metrics": run["metrics"].nan_to_num(-1)} for run in (found, expected)))
+    # It matters: with one group, or dealt out otherwise, it is another run.
+    others: list[dict[str, Any]] = [{"groups": 1}]
+    if alone.groups < GLOBAL_BATCH:  # groups of one sample are the same however they are dealt out
+        others.append({"key_bn": "local" if case.key_bn == "shuffle" else "shuffle"})
+    for other in others:
+        differs = rank_checks.trajectory(dataclasses.replace(alone, **other), World())["state"]
+        assert not torch.allclose(differs["queue.keys"], expected["state"]["queue.keys"], rtol=0, atol=1e-3)
 
 
 def test_ranks_agree_to_the_bit(ranks: list[dict[str, Any]]) -> None:

@@ -23,7 +23,7 @@ def test_parts_are_passes_one_after_the_other(parts: int) -> None:
         plain.weight.uniform_(-1, 1)
         plain.bias.uniform_(-1, 1)
     network = nn.Sequential(copy.deepcopy(plain))
-    split_batch_norm(network, parts)
+    split_batch_norm(network, passes=parts)
     assert network.state_dict().keys() == nn.Sequential(plain).state_dict().keys()
     # Parts that differ: common statistics would be far off.
     batches = [torch.randn(4, 5, 6, 7, dtype=torch.float64) * (1 + part) + part for part in range(parts)]
@@ -40,7 +40,7 @@ def test_gradients_are_those_of_apart_passes() -> None:
     torch.manual_seed(1)
     plain = nn.BatchNorm2d(3).double()
     network = nn.Sequential(copy.deepcopy(plain))
-    split_batch_norm(network, 2)
+    split_batch_norm(network, passes=2)
     x = torch.randn(6, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     weight = torch.randn_like(x)
     want = torch.autograd.grad((torch.cat([plain(half) for half in x.chunk(2)]) * weight).sum(), x)[0]
@@ -53,13 +53,13 @@ def test_eval_mode_and_one_part_are_torch_to_the_bit() -> None:
     network = nn.Sequential(copy.deepcopy(plain))
     split_batch_norm(network, 1)
     assert torch.equal(network(x), plain(x))
-    split_batch_norm(network, 2)
+    split_batch_norm(network, passes=2)
     assert torch.equal(network.eval()(x), plain.eval()(x))
 
 
 def test_what_cannot_be_split_is_refused() -> None:
     network = nn.Sequential(nn.BatchNorm2d(3))
-    split_batch_norm(network, 2)
+    split_batch_norm(network, passes=2)
     with pytest.raises(ValueError, match="got 5 samples, expected a multiple of 2"):
         network(torch.randn(5, 3, 4, 4))
     assert isinstance(network[0], SplitBatchNorm2d)

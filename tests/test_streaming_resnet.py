@@ -19,7 +19,7 @@ from torchvision.models import resnet
 
 from cast_fast.data.batch import random_batch
 from cast_fast.encoder import build_encoder, build_trunk
-from cast_fast.step import step_losses
+from cast_fast.forward import step_losses
 from cast_fast.streaming_resnet import Branches, StreamingBlock, StreamingTrunk
 from cast_fast.sync_batch_norm import synchronise_batch_norm
 
