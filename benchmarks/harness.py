@@ -24,9 +24,10 @@ The pieces:
 ``environment(device)``
     Device name, versions, git commit (``-dirty`` when tracked files differ), date in UTC.
 ``interleave(lines, device=…, repeats=…, warmup=…, calls=…, settle=…, prepare=…, deadline=…, …)``
-    Builds and warms up every line, then measures round by round (A B C, A B C, …), so that a drift of the clock or a
-    neighbour's load falls on all lines alike. CUDA events on a GPU, ``time.perf_counter`` on a CPU. A line that raises
-    becomes a ``Failure`` with its reason and the others go on.
+    Builds and warms up each line and measures its first turn at once, so that a run that is cut off while a later line
+    compiles keeps what it has; then round by round (A B C, A B C, …), so that a drift of the clock or a neighbour's
+    load falls on all lines alike. CUDA events on a GPU, ``time.perf_counter`` on a CPU. A line that raises becomes a
+    ``Failure`` with its reason and the others go on.
 ``Measurement`` / ``Failure``
     A line's outcome: seconds of every call and peak memory, or the reason why there are none.
 ``Record``
@@ -44,7 +45,6 @@ Lines are *factories*: each is called once and returns the function to time. Wha
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
 import gc
@@ -436,7 +436,7 @@ def interleave(
     Args:
         lines: name -> factory of the function to time.
         device: CUDA events are used for a CUDA device, the host's clock otherwise.
-        repeats: rounds over all lines.
+        repeats: turns of each line: one when it is built, the others in rounds over all lines.
         warmup: untimed calls of each line right after it is built (compilation falls here).
         calls: timed calls of a line in each round; ``repeats * calls`` samples a line in all.
         settle: untimed calls at the start of each line's turn, for caches that another line displaced.
@@ -444,13 +444,14 @@ def interleave(
         lead_cycles: see ``time_calls``.
         release: give cached device memory back before each turn, so that one line's pool does not starve the next;
             use it with ``settle`` of at least 1.
-        deadline: no further round starts after this ``time.monotonic()``; the first round is always made.
+        deadline: no further round starts after this ``time.monotonic()``; the first turn of a line is always made.
         on_built: called with a line's name and the seconds that building and warm-up took.
         on_sample: called with name, round and seconds after each turn.
         on_line: called once for each line, as soon as it has failed or made its last repeat, also when the run is
             interrupted (then with the samples so far).
 
-    An exception in a line (not KeyboardInterrupt) ends that line alone.
+    An exception in a line (not KeyboardInterrupt) ends that line alone; one that leaves the device broken ends all, and
+    what the others have is kept.
     """
     if repeats < 1 or calls < 1:
         raise ValueError(f"repeats and calls: got {repeats} and {calls}, expected at least 1")
@@ -460,6 +461,7 @@ def interleave(
     seconds: dict[str, list[float]] = {name: [] for name in lines}
     peaks: dict[str, int] = {}
     outcomes: dict[str, Outcome] = {}
+    lost: list[str] = []  # the line after which every CUDA call raises, by an illegal access say
 
     def finish(name: str, outcome: Outcome) -> None:
         outcomes[name] = outcome
@@ -475,13 +477,41 @@ def interleave(
         # The frames of the traceback hold the failed line's tensors; without this an out-of-memory error starves
         # the lines that follow.
         traceback.clear_frames(error.__traceback__)
-        # After an illegal access every CUDA call raises: then the lines that follow fail too, each with its own reason.
-        with contextlib.suppress(RuntimeError):
-            clear_memory(device)
         finish(name, failure)
+        try:
+            clear_memory(device)
+        except RuntimeError:
+            lost.append(name)
+
+    def turn(name: str, repeat: int) -> None:
+        try:
+            if release:
+                clear_memory(device)
+            before = torch.cuda.memory_allocated(device) if cuda else 0
+            if cuda:
+                torch.cuda.reset_peak_memory_stats(device)
+            for _ in range(settle):
+                runs[name]()
+            taken = time_calls(
+                runs[name], device=device, calls=calls, prepare=prepare.get(name), lead_cycles=lead_cycles
+            )
+            if cuda:
+                used = torch.cuda.max_memory_allocated(device) - before
+                peaks[name] = max(peaks.get(name, 0), used)
+        except Exception as error:  # any error belongs to its line; the others go on
+            fail(name, error)
+            return
+        seconds[name].extend(taken)
+        if on_sample is not None:
+            on_sample(name, repeat, taken)
+        if repeat == repeats - 1:
+            finish(name, measured(name))
 
     try:
         for name, build in lines.items():
+            if lost:
+                finish(name, Failure(f"not measured: {lost[0]} left the device broken"))
+                continue
             begin = time.monotonic()
             try:
                 run = build()
@@ -489,44 +519,24 @@ def interleave(
                     run()
                 if cuda:
                     torch.cuda.synchronize(device)
-            except Exception as error:  # any error belongs to its line; the others go on
+            except Exception as error:  # as in a turn
                 fail(name, error)
                 continue
             runs[name] = run
             del run
             if on_built is not None:
                 on_built(name, time.monotonic() - begin)
-            if release:
+            turn(name, 0)
+            if release and not lost:
                 clear_memory(device)
-        last = repeats - 1
-        for repeat in range(repeats):
-            if repeat and deadline is not None and time.monotonic() >= deadline:
+        for repeat in range(1, repeats):
+            if deadline is not None and time.monotonic() >= deadline:
                 break
             for name in list(runs):
-                try:
-                    if release:
-                        clear_memory(device)
-                    before = torch.cuda.memory_allocated(device) if cuda else 0
-                    if cuda:
-                        torch.cuda.reset_peak_memory_stats(device)
-                    for _ in range(settle):
-                        runs[name]()
-                    taken = time_calls(
-                        runs[name], device=device, calls=calls, prepare=prepare.get(name), lead_cycles=lead_cycles
-                    )
-                    if cuda:
-                        used = torch.cuda.max_memory_allocated(device) - before
-                        peaks[name] = max(peaks.get(name, 0), used)
-                except Exception as error:  # as above
-                    fail(name, error)
-                    continue
-                seconds[name].extend(taken)
-                if on_sample is not None:
-                    on_sample(name, repeat, taken)
-                if repeat == last:
-                    finish(name, measured(name))
+                if not lost:
+                    turn(name, repeat)
     finally:
-        # The deadline came, or an interrupt is on its way up: what was measured is reported all the same.
+        # The deadline came, the device is lost, or an interrupt is on its way up: what was measured is reported.
         for name in lines:
             if name not in outcomes and seconds[name]:
                 finish(name, measured(name))

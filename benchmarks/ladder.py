@@ -56,6 +56,12 @@ ON_REQUEST = ("plain-compiled",)
 COMPILED = ("compiled", "kernels", "streaming", "moco", "trunk-bound", "trunk-streaming", "plain-compiled")
 """Lines that ``torch.compile`` compiles when they first run."""
 
+BUILDING = ("trunk-bound", "moco", "published-amp", "published", "kernels", "streaming", "compiled", "trunk-streaming")
+BUILDING += ("closed-form", "one-pass", *ON_REQUEST)
+"""The order in which lines are built and measured. The bound and MoCo come first, so that every other line finds them
+measured when it ends; then what most is asked of a run, so that one whose time ends early has it; our own kernels after
+the peers, which an illegal access would take along."""
+
 STREAMING = ("streaming", "trunk-streaming")
 """Lines with streaming BatchNorm; all others have torch's modules, whatever the product's default is."""
 

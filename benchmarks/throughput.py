@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 
 import harness
 import ladder
+import torch
 
 from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
 from cast_fast.data.batch import Batch
@@ -78,6 +79,7 @@ class Plan:
     threads: int
     scenes: int
     keep: bool = False
+    compile_only: bool = False
 
 
 @dataclass
@@ -173,11 +175,7 @@ def measure_steps(report: Report) -> dict[str, ladder.Built]:
             state_bytes[name] = harness.tensor_bytes(*built[name].state)
         report.add(name, outcome, state_bytes.get(name))
 
-    # The bound and MoCo come first in each round, so that every other line finds them measured when it ends; then the
-    # product, so that a slow machine still has the time to compile it.
-    product = [name for name in ladder.LADDER if name in ladder.COMPILED]
-    eager = [name for name in ladder.LADDER if name not in ladder.COMPILED]
-    order = [name for name in (*reversed(ladder.BESIDE), *product, *ladder.ON_REQUEST, *eager) if name in plan.lines]
+    order = [name for name in ladder.BUILDING if name in plan.lines]
     for name in order:
         if reason := ladder.absent(name, plan.settings):
             report.absent[name] = reason
@@ -195,6 +193,36 @@ def measure_steps(report: Report) -> dict[str, ladder.Built]:
         on_line=on_line,
     )
     return built
+
+
+def compile_lines(plan: Plan) -> int:
+    """Leaves what the plan's lines compile to in the compilers' caches, for a later run; returns the exit code.
+
+    Several of these processes may share a device. Inductor times a few launch shapes of every kernel when it first
+    runs: with neighbours on the device those times mislead, so that here they are not kept, and the later run takes
+    its own.
+    """
+    from torch._inductor import config
+
+    config.autotune_local_cache = False
+    code = 0
+    for name in (name for name in ladder.BUILDING if name in plan.lines and name in ladder.COMPILED):
+        if reason := ladder.absent(name, plan.settings):
+            say(f"{name}: {reason}")
+            continue
+        begin = time.monotonic()
+        try:
+            step = ladder.build(name, plan.settings).run
+            for _ in range(2):  # the second step finds the momentum of the optimizer, the first has none
+                step()
+            if plan.settings.device.type == "cuda":
+                torch.cuda.synchronize()
+        except Exception as error:  # the others are compiled all the same
+            say(f"{name}: failed: {harness.describe(error).reason}")
+            code = 1
+            continue
+        say(f"{name}: compiled in {time.monotonic() - begin:.1f} s")
+    return code
 
 
 def measure_loading(report: Report, dataset: Dataset, built: dict[str, ladder.Built]) -> None:
@@ -436,6 +464,7 @@ def parse(argv: list[str] | None) -> Plan:
         "--max-seconds", type=float, metavar="S", help="start no further round or compilation after this"
     )
     parser.add_argument("--out", type=Path, default=Path("bench_out/throughput"), metavar="DIR", help="output folder")
+    parser.add_argument("--compile-only", action="store_true", help="fill the compilers' caches and measure nothing")
     parser.add_argument("--keep", action="store_true", help="add the records to benchmarks/results/ as well")
     args = parser.parse_args(argv)
     start = time.monotonic()
@@ -465,11 +494,16 @@ def parse(argv: list[str] | None) -> Plan:
             raise UserError(f"--variants: got nothing, expected some of {', '.join(ALL_LINES)}")
         lines = tuple(name for name in ALL_LINES if name in names)
     deadline = None if seconds is None else start + seconds
-    return Plan(settings, args.out, lines, repeats, 3 if cuda else 1, deadline, args.loader_threads, scenes, args.keep)
+    calls = 3 if cuda else 1
+    return Plan(
+        settings, args.out, lines, repeats, calls, deadline, args.loader_threads, scenes, args.keep, args.compile_only
+    )
 
 
 def run(plan: Plan) -> int:
     """Measures what the plan says, shows it, and returns the exit code."""
+    if plan.compile_only:
+        return compile_lines(plan)
     loading = [name for name in LOADING if name in plan.lines]
     fault = dali_fault() if loading else None
     # Before anything is measured or overwritten, so that a fault in the user's data costs nothing.

@@ -47,13 +47,13 @@ def _recorder(log: list[str], name: str) -> harness.Line:
     return build
 
 
-def test_rounds_are_interleaved_after_all_warm_ups() -> None:
+def test_first_turns_follow_the_warm_ups_and_rounds_are_interleaved() -> None:
     log: list[str] = []
     lines = {name: _recorder(log, name) for name in "ABC"}
     outcomes = harness.interleave(lines, device=CPU, repeats=3, warmup=1, calls=2, settle=1)
-    warm = ["build A", "A", "build B", "B", "build C", "C"]
+    first = [entry for name in "ABC" for entry in (f"build {name}", *[name] * 4)]
     turn = ["A"] * 3 + ["B"] * 3 + ["C"] * 3
-    assert log == warm + turn * 3
+    assert log == first + turn * 2
     for outcome in outcomes.values():
         assert isinstance(outcome, harness.Measurement)
         assert len(outcome.seconds) == 6  # the settling calls are not among them
@@ -102,6 +102,30 @@ def test_a_failing_line_leaves_the_others_alone() -> None:
     assert list(outcomes) == ["unbuildable", "A", "breaks", "B"]
 
 
+def test_a_broken_device_ends_the_run_and_keeps_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After an illegal access every CUDA call raises, the ones that would measure the other lines too."""
+    broken = []
+
+    def clear_memory(device: torch.device) -> None:
+        if broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def astray() -> Callable[[], object]:
+        broken.append(True)
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(harness, "clear_memory", clear_memory)
+    outcomes = harness.interleave(
+        {"A": lambda: lambda: None, "astray": astray, "B": lambda: lambda: None}, device=CPU, repeats=3, release=True
+    )
+    assert {name: len(getattr(outcome, "seconds", ())) for name, outcome in outcomes.items()} == {
+        "A": 1,
+        "astray": 0,
+        "B": 0,
+    }
+    assert getattr(outcomes["B"], "reason", "") == "not measured: astray left the device broken"
+
+
 def test_an_interrupt_reports_what_was_measured() -> None:
     calls = iter(range(100))
     seen: dict[str, harness.Outcome] = {}
@@ -118,6 +142,20 @@ def test_an_interrupt_reports_what_was_measured() -> None:
             {"A": lambda: lambda: None, "B": build}, device=CPU, repeats=9, warmup=0, on_line=seen.__setitem__
         )
     assert {name: len(getattr(outcome, "seconds", ())) for name, outcome in seen.items()} == {"A": 3, "B": 2}
+
+
+def test_an_interrupt_while_a_later_line_is_built_keeps_the_earlier_ones() -> None:
+    """A phase of ``gpu_check.sh`` that is cut off while the last line compiles."""
+    seen: dict[str, harness.Outcome] = {}
+
+    def endless() -> Callable[[], object]:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        harness.interleave(
+            {"A": lambda: lambda: None, "B": endless}, device=CPU, repeats=5, calls=2, on_line=seen.__setitem__
+        )
+    assert {name: len(getattr(outcome, "seconds", ())) for name, outcome in seen.items()} == {"A": 2}
 
 
 def test_a_past_deadline_still_makes_one_round() -> None:

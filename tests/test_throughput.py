@@ -179,6 +179,36 @@ def test_what_ladder_calls_compiled_is_compiled(monkeypatch: pytest.MonkeyPatch)
     assert {*compiled, "kernels", "streaming"} == set(ladder.COMPILED)
 
 
+def test_lines_can_be_compiled_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compiled: list[dict[str, Any]] = []
+    build, config = ladder.build, torch._inductor.config
+
+    def failing(name: str, settings: ladder.Settings) -> ladder.Built:
+        if name == "moco":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return build(name, settings)
+
+    def compile_(function: Any, **_: Any) -> Any:
+        compiled.append({"kept": config.autotune_local_cache})
+        return function
+
+    monkeypatch.setattr(ladder, "build", failing)
+    monkeypatch.setattr(torch, "compile", compile_)
+    monkeypatch.setattr(config, "autotune_local_cache", True)
+    flags = [*TINY, "--device", "cpu", "--out", str(tmp_path / "out"), "--compile-only"]
+    assert throughput.main([*flags, "--variants", "closed-form,trunk-bound,compiled,kernels,moco"]) == 1
+    assert compiled == [{"kept": False}] * 2  # trunk-bound and compiled; times taken beside others are not kept
+    assert "moco: failed: OutOfMemoryError" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_lines_are_built_in_an_order_of_their_own() -> None:
+    assert sorted(ladder.BUILDING) == sorted(STEPS)
+    assert ladder.BUILDING[:2] == ("trunk-bound", "moco")  # every other line is compared with these when it ends
+
+
 def test_quick_runs_have_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput.time, "monotonic", lambda: 1000.0)
     deadlines = [
@@ -214,7 +244,7 @@ def test_turns_with_the_loader_begin_in_its_steady_state(tmp_path: Path, monkeyp
     throughput.measure_loading(report, dataset, built)
     alone = [*["take"] * 3, "start", *["take"] * 4, "end"]
     fed = [*["take", "step"] * 3, "start", *["take", "step"] * 4, "end"]
-    assert events == ["take", "step", *(alone + fed) * 2, "close"]
+    assert events == [*alone, "take", "step", *fed, *alone, *fed, "close"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
