@@ -21,11 +21,16 @@ from the same ranges, the same colour changes:
     loader making a batch a step beside it. Only the step lies between the events that time it: waiting for a slow
     loader does not count, sharing the device with it does.
 
+``host`` (with ``native`` and ``packed``)
+    What the product's loader costs outside of DALI's thread pool, which is what more threads or a faster decoder do not
+    make faster: it loads pictures of 32 pixels in batches of 256.
+
 Records: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included), ``loader_stage`` (CPU
 seconds an image of each stage, on the product's loader; of shards too, as ``packed-decode`` and so on),
 ``loader_windows`` (CPU seconds an image) and ``loader_windows_time`` (seconds an image) of the windows alone by
 ``numpy``, ``native`` and, on CUDA, ``cuda``, of maps that are decoded already, ``training_step`` (seconds a step,
-``alone`` and ``beside-loader``) and ``loader_gpu_share`` (of the step's time beside the loader, by the medians). Stages
+``alone`` and ``beside-loader``), ``loader_gpu_share`` (of the step's time beside the loader, by the medians) and
+``loader_host`` (CPU seconds an image, ``folder-python`` and so on) with ``loader_host_bound`` (images/s). Stages
 are differences of pipelines that do more and more of the work, measured in the same rounds: draws (order and random
 numbers), read, decode, map (its decoding), windows, resize (the two views), targets (the two maps of the attention
 loss), colour, hand-over (DALI's buffers to torch). Without data of your own the loader reads made scenes, which are
@@ -35,11 +40,13 @@ kept for the next run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import importlib.util
 import multiprocessing
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +57,7 @@ import harness
 import ladder
 import numpy as np
 import torch
+from PIL import Image
 
 from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
 from cast_fast.data import layout, sampling
@@ -65,6 +73,10 @@ STAGES = ("draws", "read", "decode", "map", "windows", "resize", "targets", "col
 GOALS = {"windows": 4.0, "packed": 1.5, "training": 1.2}
 """In CPU time: windows by the native operator against NumPy's, and packed data against folders; on CUDA the loader's
 images a second over those of the compiled step."""
+
+THREADS = ("python", "executor", "pool", "others")
+HOST_BATCH, HOST_SIDE = 256, 32
+"""Of the pictures that show what the host costs: as in training on a GPU, and next to nothing to decode."""
 
 TURN = 4
 """Batches in one timed turn. Before it the lines that ran earlier are left to fill their queues, lest their CPU time be
@@ -306,16 +318,8 @@ def _opening(plan: Plan, upto: str) -> Any:
 
     @dl.pipeline_def
     def opening() -> tuple[Any, Any]:
-        inputs = dl.fn.external_source(
-            lambda step: source(step)[:2],
-            num_outputs=2,
-            batch=True,
-            dtype=dl.types.UINT8,
-            ndim=[1, 3 if recipe.raw_maps else 1],
-        )
-        image, saliency = dl.opened(inputs[0], recipe), inputs[1]
-        if not recipe.raw_maps:
-            saliency = dl.opened(saliency, recipe)
+        files = ("image", "saliency", "places", "ahead", "map_shape")
+        image, saliency = dl.contents(dl.fed(source, recipe, only=files), source, recipe)
         if upto != "read":
             image = dl.decoded_image(image, recipe)
         if upto == "map" and not recipe.raw_maps:
@@ -363,7 +367,6 @@ def _built(definition: Any, plan: Plan) -> Any:
 def _source(plan: Plan) -> tuple[Any, Any]:
     from cast_fast.data import dali_loader as dl
 
-    samples = plan.dataset.samples
     recipe = dl.Recipe(
         size=plan.size,
         cam_grid=plan.grid,
@@ -374,9 +377,8 @@ def _source(plan: Plan) -> tuple[Any, Any]:
         blur=plan.augmentation.blur_p > 0,
         cuda=plan.device.type == "cuda",
         native=has_native(),
-        packed=isinstance(samples[0].image, layout.Member),
-        raw_maps=any(isinstance(s.saliency, layout.Member) and s.saliency.name.endswith(".npy") for s in samples),
     )
+    recipe = dataclasses.replace(recipe, **dl.choose_reading(plan.dataset, recipe))
     order = sampling.GlobalOrder(len(plan.dataset), _SEED, plan.batch)
     return dl.Source(plan.dataset, order, plan.augmentation, recipe, ()), recipe
 
@@ -442,7 +444,7 @@ def stage_lines(plan: Plan, prefix: str = "") -> dict[str, harness.Line]:
 
     def handing() -> Callable[[], object]:
         source, recipe = _source(plan)
-        pipeline = _built(lambda **settings: dl.cast_pipeline(source, recipe, **settings), plan)
+        pipeline = _built(functools.partial(dl.cast_pipeline, source, recipe), plan)
         outputs = pipeline.run()
         indices = source.indices(0)
         return _turn(lambda: dl.deliver(outputs, recipe, indices), plan)
@@ -667,6 +669,82 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
     return outcomes
 
 
+def measure_host(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
+    """Loads tiny pictures, adds the records, and returns CPU seconds an image as "host LAYOUT KIND".
+
+    Kinds are those of ``thread_cpu``. The bound is what one process could load if the thread pool took no time: the
+    images a second of the busier of the other two kinds, each of which is one thread at a time.
+    """
+    tiny = tiny_dataset(plan)
+    augmentation = dataclasses.replace(plan.augmentation, blur_p=0)
+    plan = dataclasses.replace(plan, dataset=tiny, batch=HOST_BATCH, size=HOST_SIDE, augmentation=augmentation)
+    layouts = {"folder": lambda: tiny, "packed": lambda: packed_dataset(plan, 0)}
+    outcomes: dict[str, harness.Outcome] = {}
+    for name, dataset in layouts.items():
+        loader = product_loader(dataclasses.replace(plan, dataset=dataset()), cam_grid=(1, 1))
+        spent: dict[str, list[float]] = {kind: [] for kind in THREADS}
+        run = _turn(loader.__next__, plan)
+        run()
+        for _ in range(plan.repeats):
+            before = thread_cpu()
+            run()
+            after = thread_cpu()
+            for kind in THREADS:
+                spent[kind].append((after[kind] - before[kind]) / (TURN * plan.batch))
+        loader.close()
+        for kind, seconds in spent.items():
+            outcome = outcomes[f"host {name} {kind}"] = harness.Measurement(tuple(seconds))
+            results.add(results.record("loader_host", f"{name}-{kind}", outcome, dtype="uint8", shape=plan.shape))
+        bound = harness.Measurement(tuple(map(max, spent["python"], spent["executor"])))
+        results.add(
+            results.record(
+                "loader_host_bound",
+                name,
+                bound,
+                dtype="uint8",
+                shape=plan.shape,
+                unit="images/s",
+                scale=lambda seconds: 1 / seconds,
+            )
+        )
+        outcomes[f"host {name} bound"] = bound
+    return outcomes
+
+
+def tiny_dataset(plan: Plan) -> layout.Dataset:
+    """As many noise pictures as a batch of the host's lines, with maps that have one salient box."""
+    folder = plan.shards / f"tiny-{HOST_SIDE}"
+    images, saliency = folder / "images", folder / "saliency"
+    images.mkdir(parents=True, exist_ok=True)
+    saliency.mkdir(exist_ok=True)
+    noise = np.random.default_rng(_SEED)
+    box = np.zeros((HOST_SIDE, HOST_SIDE), dtype=np.uint8)
+    box[8:20, 8:20] = 255
+    for number in range(HOST_BATCH):
+        pixels = noise.integers(0, 256, (HOST_SIDE, HOST_SIDE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(images / f"{number:03}.jpg")
+        Image.fromarray(box).save(saliency / f"{number:03}.png")
+    return layout.scan(images, saliency, manifest=folder / "manifest.json", workers=1)
+
+
+def thread_cpu() -> dict[str, float]:
+    """CPU seconds so far of this process's threads by kind.
+
+    ``python`` is the calling thread, where the loader's Python runs, ``executor`` the threads that lead DALI from one
+    operator to the next, one at a time, ``pool`` DALI's thread pool, and ``others`` the rest.
+    """
+    total: dict[str, float] = dict.fromkeys(THREADS, 0.0)
+    for task in Path("/proc/self/task").iterdir():
+        try:
+            name = (task / "comm").read_text()
+            seconds = int((task / "schedstat").read_text().split()[0]) / 1e9
+        except FileNotFoundError:  # a thread that has just ended
+            continue
+        kind = "executor" if name.startswith("[DALI] Exec") else "pool" if name.startswith("[DALI][TP") else "others"
+        total["python" if int(task.name) == threading.get_native_id() else kind] += seconds
+    return total
+
+
 def measure_training(
     plan: Plan, results: harness.Results, step: Callable[[], object], batches: Iterator[Any]
 ) -> dict[str, harness.Outcome]:
@@ -773,6 +851,7 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
     title = f"Loader on {where}: {plan.size} pixels, batch {plan.batch}, {plan.threads} threads"
     notes = packed_notes(outcomes) + training_notes(plan, outcomes)
     harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows, notes)
+    show_host(outcomes)
     for prefix, whose in (("", ""), (_PACKED, ", of shards")):
         spent = {
             name: outcome
@@ -804,6 +883,23 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
             xlabel="images/s",
             subtitle=title,
             groups=("cast_fast", "compared with"),
+        )
+
+
+def show_host(outcomes: dict[str, harness.Outcome]) -> None:
+    """Prints what the loader costs outside of the thread pool."""
+    rows = []
+    for name in ("folder", "packed"):
+        spent = [outcomes.get(f"host {name} {kind}") for kind in ("python", "executor", "pool", "bound")]
+        if all(isinstance(outcome, harness.Measurement) for outcome in spent):
+            *spent, bound = [outcome.median for outcome in spent if isinstance(outcome, harness.Measurement)]
+            rows.append([name, *(f"{seconds * 1e3:.4f}" for seconds in spent), f"{1 / bound:,.0f}"])
+    if rows:
+        harness.print_table(
+            f"CPU time by thread, pictures of {HOST_SIDE} pixels, batch {HOST_BATCH}",
+            ["line", "Python ms an image", "executor", "thread pool", "images/s if the pool were free"],
+            rows,
+            ["Python's thread is the training loop's, and DALI's executor is one thread at a time"],
         )
 
 
@@ -931,6 +1027,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"loader.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
     outcomes = measure(plan, results)
+    if "native" in plan.lines and "packed" in plan.lines:
+        outcomes |= measure_host(plan, results)
     if plan.step is not None:
         outcomes |= training(plan, results)
     show(plan, results, outcomes)

@@ -102,6 +102,33 @@ def test_what_packing_saves_is_told_against_folders() -> None:
     assert loader.packed_notes(outcomes) == []
 
 
+def test_the_share_of_each_kind_of_thread(
+    plan: loader.Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    outcomes = loader.measure_host(dataclasses.replace(plan, repeats=3, shards=tmp_path), results)
+    kept = {(record.name, record.variant): record.value or 0 for record in results.records}
+    for layout_name in ("folder", "packed"):
+        spent = [kept["loader_host", f"{layout_name}-{kind}"] for kind in loader.THREADS]
+        assert min(spent[:3]) > 0
+        # Rounds differ in which kind is busier, so the bound is no exact function of the medians.
+        assert 0 < kept["loader_host_bound", layout_name] * max(spent[:2]) <= 1
+    loader.show_host(outcomes)
+    printed = capsys.readouterr().out
+    assert "images/s if the pool were free" in " ".join(printed.split())
+    bound = outcomes["host packed bound"]
+    assert isinstance(bound, harness.Measurement)
+    assert f"{1 / bound.median:,.0f}" in printed
+
+
+def test_threads_are_told_apart() -> None:
+    begin = loader.thread_cpu()
+    sum(range(2_000_000))
+    spent = {kind: seconds - begin[kind] for kind, seconds in loader.thread_cpu().items()}
+    assert set(spent) == set(loader.THREADS)
+    assert spent["python"] > 0
+
+
 def test_stages_add_up() -> None:
     lines = {"draws": 1, "read": 3, "decode": 8, "map": 12, "resize": 30, "targets": 41, "colour": 50}
     cpu = {f"to {name}": [float(value), 2.0 * value] for name, value in lines.items()}

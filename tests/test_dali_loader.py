@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -774,6 +775,38 @@ def test_memory_stays_flat(process: subprocess.CompletedProcess[str]) -> None:
 def test_python_ends_with_steps_in_flight(process: subprocess.CompletedProcess[str]) -> None:
     """Prefetched steps call the crop rule from DALI's threads while the interpreter stops."""
     assert process.returncode == 0, process.stderr
+
+
+_LEFTOVERS = """
+import os, sys, tempfile
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import test_dali_loader as t
+from cast_fast.data.dali_loader import GENERATED
+dataset = t._write(Path(sys.argv[1]), t.SHAPES)
+t._loader(dataset, augmentation=t.Augmentation(), native=None)
+print(sum(name.startswith(GENERATED) for name in sys.modules))
+loader = t._loader(dataset, augmentation=t.Augmentation(blur_p=0.5), native=False)
+next(loader)
+print(sum(name.startswith(GENERATED) for name in sys.modules), os.listdir(tempfile.gettempdir()), flush=True)
+os._exit(0)
+"""
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path) -> None:
+    """DALI writes files for conditionals, which it deletes at a regular end alone; worker processes have none."""
+    root = Path(__file__).parent
+    folder = tmp_path / "tmp"
+    folder.mkdir()
+    command = [sys.executable, "-c", _LEFTOVERS, tmp_path, root, root.parent, root.parent / "kernels"]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+    assert done.returncode == 0, done.stderr
+    without, used = done.stdout.splitlines()
+    if dali_plugin.unavailable_reason() is None:
+        assert without == "0"
+    assert used.split()[0] != "0"  # else DALI has changed its ways, and what deletes the files can go
+    assert used.split(maxsplit=1)[1] == "[]"
 
 
 @pytest.mark.parametrize(("constrained", "attention"), [(True, True), (True, False), (False, True), (False, False)])

@@ -27,6 +27,7 @@ from cast_fast.data.saliency_crop import CropRule
 from cast_fast.data.shards import ShardReader, scan_shards
 from cast_fast.data.synthetic import write_dataset
 from cast_fast.errors import UserError
+from cast_kernels import dali_plugin
 
 fn: Any = dali_fn
 COUNT = 22
@@ -248,6 +249,42 @@ def test_raw_and_png_maps_of_one_size_give_the_same_batches(scenes: Path, device
     assert all(same(first, second) for first, second in zip(raw, png, strict=True))
 
 
+@pytest.mark.parametrize("kind", ["jpeg", "npy", "png"])
+def test_the_native_operator_reads_what_python_reads(
+    kind: str, scenes: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if (reason := dali_plugin.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    caplog.set_level(logging.INFO, "cast_fast")
+    dataset = scan_shards(scenes / kind)
+    natively = batches(dataset, 7, native=True, threads=3)
+    monkeypatch.setattr(shards.resource, "getrlimit", lambda which: (4, 4))
+    by_python = batches(dataset, 7, native=True)
+    assert all(same(first, second) for first, second in zip(natively, by_python, strict=True))
+    assert [record.getMessage() for record in caplog.records if "shards" in record.getMessage()] == [
+        "shards are read by the native operator",
+        "shards are read by Python's threads: 3 shards are more than half of the files that may be open (ulimit -n)",
+    ]
+
+
+def test_python_reads_what_the_native_operator_cannot(scenes: Path, tmp_path: Path) -> None:
+    if (reason := dali_plugin.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    plain = loader(scan_shards(scenes / "npy"), native=True)
+    raw, png = scan_shards(scenes / "npy"), scan_shards(scenes / "png")
+    mixed = dataclasses.replace(raw, samples=(*raw.samples[:11], *png.samples[11:]))
+    odd = scan_shards(copied(scenes / "npy", tmp_path / "li\nes"))
+    alone = loader(mixed, native=True, constrained=False, attention=False)  # needs no map
+    for source, natively in ((plain, True), (loader(mixed, native=True), False), (loader(odd, native=True), False)):
+        assert source._recipe.native_reading == natively
+        for _ in range(6):
+            batch = next(source)
+            assert batch.query_saliency is not None and batch.query_saliency.max() > 0
+        source.close()
+    assert alone._recipe.native_reading and len(next(alone)) == 4
+    alone.close()
+
+
 @pytest.mark.parametrize("kind", ["jpeg", "npy"])
 def test_a_packed_run_goes_on_in_mid_epoch(kind: str, scenes: Path, device: torch.device) -> None:
     dataset = scan_shards(scenes / kind)
@@ -310,22 +347,24 @@ def broken(scenes: Path, tmp_path: Path, request: pytest.FixtureRequest) -> tupl
     return dataset, number, member.name
 
 
+@pytest.mark.parametrize("native", [False, None])
 @pytest.mark.parametrize("broken", ["image", "saliency"], indirect=True)
 def test_a_member_that_dali_refuses_is_named_and_replaced(
-    broken: tuple[Dataset, int, str], caplog: pytest.LogCaptureFixture
+    broken: tuple[Dataset, int, str], native: bool | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     dataset, number, name = broken
     with caplog.at_level(logging.WARNING, "cast_fast"):
-        found = batches(dataset, 5, max_broken_share=0.1)
+        found = batches(dataset, 5, max_broken_share=0.1, native=native)
     assert name in caplog.text
     assert all(number not in batch.index.tolist() for batch in found)
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
         batches(dataset, 5)
 
 
+@pytest.mark.parametrize("native", [False, None])
 @pytest.mark.parametrize(("kind", "part"), [("jpeg", "image"), ("npy", "saliency")])
 def test_a_shard_that_becomes_shorter_is_met_in_its_turn(
-    kind: str, part: str, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, part: str, native: bool | None, scenes: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = copied(scenes / kind, tmp_path / "shards")
     dataset = scan_shards(folder)
@@ -333,7 +372,7 @@ def test_a_shard_that_becomes_shorter_is_met_in_its_turn(
         (getattr(sample, part) for sample in dataset.samples), key=lambda member: (member.shard, member.offset)
     )
     number = next(i for i, sample in enumerate(dataset.samples) if getattr(sample, part) == member)
-    source = loader(dataset, max_broken_share=0.1)
+    source = loader(dataset, max_broken_share=0.1, native=native)
     with member.shard.open("r+b") as file:
         file.truncate(member.offset + 3)
     try:

@@ -10,8 +10,9 @@ On a CPU both resizes, the colours and the maps of the attention loss are made b
 (``crop_views.h``), which take a quarter of the time of DALI's own; without them, and on CUDA, by DALI's. A crop's byte
 may differ by 1 between the two, about one in ten thousand does; windows, flips and colours are the same.
 
-Files of a folder dataset are read by DALI's threads. Members of shards are read by ours, a step ahead of DALI's own
-two, and handed over as bytes; DALI has no operator that reads a part of a file.
+Files are read by DALI's threads, which are given names and places, so that Python touches no sample alone: its share of
+the work is a few array operations a batch. DALI has no operator that reads a part of a file, so members of shards are
+read by a native one; without it threads of ours read them, a step ahead, and hand over their contents.
 
 DALI draws no random number. ``sampling`` does, as a function of the seed and the sample's position in the run, so a
 loader can start at any step.
@@ -39,6 +40,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -56,7 +58,7 @@ from cast_fast.data.batch import Batch
 from cast_fast.data.layout import Dataset, Member, Sample, read_bytes, shown
 from cast_fast.data.pack_sample import decode_stored
 from cast_fast.data.saliency_crop import THRESHOLD, CropRule, crop_windows, unconstrained_windows
-from cast_fast.data.shards import ShardReader, missing_maps
+from cast_fast.data.shards import ShardReader, member_places, members_obstacle, missing_maps
 from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
 
@@ -78,6 +80,7 @@ _COLOURS = ("brightness", "contrast", "saturation", "hue")
 _TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.321], [0.211, -0.523, 0.311]])
 _FROM_YIQ = np.linalg.inv(_TO_YIQ)
 _MAX_REPLACEMENTS = 100
+GENERATED = "__autograph_generated_file"
 
 
 class ViewParameters(NamedTuple):
@@ -192,13 +195,25 @@ class Recipe:
     native: bool
     hw_decoder_load: float | None = None
     packed: bool = False
-    """Files are handed over as contents, read from shards, instead of as paths."""
+    """Files are members of shards."""
     raw_maps: bool = False
-    """Maps of a packed dataset are handed over as pixels."""
+    """Maps of a packed dataset are stored as pixels."""
+    native_reading: bool = False
+    """Members of shards are handed over as their places, which the native operator reads, instead of as contents."""
 
     @property
     def needs_maps(self) -> bool:
         return self.constrained or self.attention
+
+    @property
+    def parts(self) -> int:
+        """Files of a sample that are read."""
+        return 2 if self.needs_maps else 1
+
+    @property
+    def branches(self) -> bool:
+        """Whether the graph has conditionals, in which only some samples pass an operator."""
+        return self.blur or (self.colour and not self.native_views and not self.cuda)
 
     @property
     def native_views(self) -> bool:
@@ -207,9 +222,15 @@ class Recipe:
 
     def inputs(self) -> dict[str, tuple[Any, int]]:
         """What the pipeline is fed, in order: name -> DALI type and number of dimensions of a sample."""
-        found: dict[str, tuple[Any, int]] = {"image": (types.UINT8, 1)}
-        if self.needs_maps:
-            found["saliency"] = (types.UINT8, 3 if self.raw_maps else 1)
+        found: dict[str, tuple[Any, int]] = {}
+        if self.native_reading:
+            found |= {"places": (types.INT64, 2), "ahead": (types.INT64, 2)}
+            if self.raw_maps and self.needs_maps:
+                found["map_shape"] = (types.INT32, 1)
+        else:
+            found["image"] = (types.UINT8, 1)
+            if self.needs_maps:
+                found["saliency"] = (types.UINT8, 3 if self.raw_maps else 1)
         if not self.constrained:
             found["shape"] = (types.INT64, 1)
         found["random"] = (types.FLOAT64, 3)
@@ -242,6 +263,17 @@ class Source:
         self.dataset, self.order, self.augmentation = dataset, order, augmentation
         self.recipe, self.broken = recipe, broken
         self.first_step = 0
+        samples = dataset.samples
+        self._weights = np.array([not sample.empty for sample in samples], dtype=np.float32)
+        if not recipe.constrained:
+            self._shapes = np.array([(sample.height, sample.width, 3) for sample in samples], dtype=np.int64)
+        self.shards: tuple[str, ...] = ()
+        """Paths of what ``Recipe.native_reading`` reads."""
+        if recipe.native_reading:
+            self.shards, self._places = member_places(samples, maps=recipe.needs_maps, raw_maps=recipe.raw_maps)
+            if recipe.raw_maps:
+                shapes = [(*_size_of_map(sample), 1) for sample in samples]
+                self._map_shapes = np.array(shapes, dtype=np.int32)
         self._reader: ShardReader | None = None
         self._ahead: dict[int, _Reading] = {}
 
@@ -274,30 +306,37 @@ class Source:
 
     def __call__(self, iteration: int) -> list[Any]:
         step = self.first_step + iteration
-        samples = [self.dataset.samples[index] for index in self.indices(step)]
+        indices = self.indices(step)
         draws = sampling.draw(self.order.seed, self.order.at(step)[1])
         views = self.augmentation.parameters(draws.augment, self.recipe.size)
         values: dict[str, Any] = {
-            **(self._packed(step, samples) if self.recipe.packed else self._paths(samples)),
+            **self._files(step, indices),
             "random": draws.windows,
             "mirror": _mirrors(views.mirrored),
-            "weight": np.array([not sample.empty for sample in samples], dtype=np.float32),
+            "weight": self._weights[indices],
         }
         if self.recipe.colour and self.recipe.native_views:
             values["colour"] = views.colour_matrices()
         if not self.recipe.constrained:
-            values["shape"] = np.array([(sample.height, sample.width, 3) for sample in samples], dtype=np.int64)
+            values["shape"] = self._shapes[indices]
+        kinds = self.recipe.inputs()
         for column, view in enumerate(VIEWS):
-            values[f"{view}_changed"] = np.ascontiguousarray(views.changes_colour[:, column])
-            for name in (*_COLOURS, "blur_sigma"):
-                values[f"{view}_{name}"] = np.ascontiguousarray(getattr(views, name)[:, column])
-        return [values[name] for name in self.recipe.inputs()]
+            columns = {f"{view}_{name}": getattr(views, name) for name in (*_COLOURS, "blur_sigma")}
+            columns[f"{view}_changed"] = views.changes_colour
+            values |= {name: np.ascontiguousarray(both[:, column]) for name, both in columns.items() if name in kinds}
+        return [values[name] for name in kinds]
 
-    def _paths(self, samples: Sequence[Sample]) -> dict[str, list[NDArray[np.uint8]]]:
-        """The files' names, which DALI's threads read."""
-        files = {"image": [_encoded(sample.image) for sample in samples]}
+    def _files(self, step: int, indices: NDArray[np.int64]) -> dict[str, Any]:
+        """What is handed over of the files: places in shards, contents or names."""
+        if self.recipe.native_reading:
+            places = {"places": self._places[indices], "ahead": self._places[self.indices(step + 1)]}
+            return {**places, "map_shape": self._map_shapes[indices]} if self.recipe.raw_maps else places
+        samples = [self.dataset.samples[index] for index in indices]
+        if self.recipe.packed:
+            return self._packed(step, samples)
+        files = {"image": _names([sample.image for sample in samples])}
         if self.recipe.needs_maps:
-            files["saliency"] = [_encoded(sample.saliency) for sample in samples]
+            files["saliency"] = _names([sample.saliency for sample in samples])
         return files
 
     def _packed(self, step: int, samples: Sequence[Sample]) -> dict[str, list[NDArray[np.uint8]]]:
@@ -330,9 +369,11 @@ class _Reading(NamedTuple):
     maps: list[Future[bytes]]
 
 
-def _encoded(path: Path | Member | None) -> NDArray[np.uint8]:
-    assert isinstance(path, Path)  # the loader's constructor has checked that samples have the maps it needs
-    return np.frombuffer(os.fsencode(path), dtype=np.uint8)
+def _names(files: Sequence[Path | Member | None]) -> NDArray[np.uint8]:
+    """(n, longest) uint8: names of files, filled up with zeros, which end a name for ``fn.io.file.read``."""
+    names = np.array([os.fsencode(file) for file in files if isinstance(file, Path)])
+    assert len(names) == len(files)  # the loader's constructor has checked that samples have the maps it needs
+    return names.view(np.uint8).reshape(len(files), -1)
 
 
 def _member(file: Path | Member | None) -> Member:
@@ -355,13 +396,17 @@ def _refused(content: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _raw_map(content: NDArray[np.uint8], sample: Sample) -> NDArray[np.uint8]:
     """(h, w, 1) uint8: the pixels behind NumPy's header, or a decoded picture where one was stored instead."""
-    assert sample.map_shape is not None
-    height, width = sample.map_shape
+    height, width = _size_of_map(sample)
     if not content.size:
         return np.zeros((height, width, 1), dtype=np.uint8)
     if _member(sample.saliency).name.endswith(".npy"):
         return content[-height * width :].reshape(height, width, 1)
     return decode_stored(content.tobytes(), "png")[:, :, None]
+
+
+def _size_of_map(sample: Sample) -> tuple[int, int]:
+    assert sample.map_shape is not None  # packed maps have one
+    return sample.map_shape
 
 
 def _mirrors(mirrored: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -393,11 +438,43 @@ class _NumpyWindows:
         return relative, fallback
 
 
-def opened(file: Any, recipe: Recipe) -> Any:
-    """Content of a file: read by its name, or handed over already in a packed dataset."""
-    return file if recipe.packed else fn.io.file.read(file)
+@do_not_convert  # here and below: DALI would rewrite what is called, down to the standard library
+def fed(source: Source, recipe: Recipe, only: Collection[str] | None = None) -> dict[str, Any]:
+    """``Recipe.inputs`` as DALI nodes, by name; some of them if ``only`` is given."""
+    names = list(recipe.inputs())
+    kinds = {name: kind for name, kind in recipe.inputs().items() if only is None or name in only}
+
+    def values(iteration: int) -> list[Any]:
+        found = dict(zip(names, source(iteration)))
+        return [found[name] for name in kinds]
+
+    nodes = fn.external_source(
+        source if only is None else values,
+        num_outputs=len(kinds),
+        batch=True,
+        dtype=[kind for kind, _ in kinds.values()],
+        ndim=[ndim for _, ndim in kinds.values()],
+    )
+    return dict(zip(kinds, nodes))
 
 
+@do_not_convert
+def contents(inputs: dict[str, Any], source: Source, recipe: Recipe) -> tuple[Any, Any]:
+    """Contents of the image and of the map, or the map's pixels where those are stored; None without maps."""
+    if recipe.native_reading:
+        image, *maps = dali_plugin.read_members(
+            inputs["places"], inputs["ahead"], files=source.shards, parts=recipe.parts
+        )
+        if not maps:
+            return image, None
+        return image, fn.reshape(maps[0], shape=inputs["map_shape"]) if recipe.raw_maps else maps[0]
+    image, saliency = inputs["image"], inputs.get("saliency")
+    if recipe.packed:
+        return image, saliency
+    return fn.io.file.read(image), None if saliency is None else fn.io.file.read(saliency)
+
+
+@do_not_convert
 def decoded_image(encoded: Any, recipe: Recipe) -> Any:
     """(H, W, 3) uint8 on the recipe's device, as stored: EXIF would turn the image and leave its map as it is."""
     arguments = {} if recipe.hw_decoder_load is None else {"hw_decoder_load": recipe.hw_decoder_load}
@@ -405,12 +482,13 @@ def decoded_image(encoded: Any, recipe: Recipe) -> Any:
     return fn.decoders.image(encoded, device=device, output_type=types.RGB, adjust_orientation=False, **arguments)
 
 
+@do_not_convert
 def decoded_map(encoded: Any) -> Any:
     """(H, W, 1) uint8 in CPU memory, as stored."""
     return fn.decoders.image(encoded, output_type=types.GRAY, adjust_orientation=False)
 
 
-@do_not_convert  # DALI would rewrite the functions called here, down to the standard library
+@do_not_convert
 def crop_corners(basis: Any, random: Any, recipe: Recipe) -> tuple[Any, Any]:
     """The windows of both views as DALI nodes on the CPU: relative corners (2, 4) float32, fallback flags (2,) uint8.
 
@@ -431,6 +509,7 @@ def crop_corners(basis: Any, random: Any, recipe: Recipe) -> tuple[Any, Any]:
     return corners, fallback
 
 
+@do_not_convert
 def _region(start: Any, end: Any) -> dict[str, Any]:
     """Arguments of a resize of the window between two relative corners."""
     return {"roi_start": start, "roi_end": end, "roi_relative": True, "antialias": True}
@@ -453,6 +532,7 @@ def _blurred(view: Any, sigma: Any) -> Any:
     return result
 
 
+@do_not_convert
 def _salient_share(salient: Any, start: Any, end: Any, grid: tuple[int, int]) -> Any:
     """Share of salient area in each cell of a grid laid over the window: (G_h, G_w) float32, as a DALI node."""
     rows, columns = grid
@@ -507,27 +587,30 @@ def _dali_outputs(
     return views, [_salient_share(salient, start[0], end[0], recipe.cam_grid), mask]
 
 
-@pipeline_def(enable_conditionals=True)
-def cast_pipeline(source: Source, recipe: Recipe) -> tuple[Any, ...]:
-    """The whole data path as a DALI graph.
+def cast_pipeline(source: Source, recipe: Recipe, **settings: Any) -> Any:
+    """The whole data path as a DALI pipeline with the ``settings`` of ``nvidia.dali.Pipeline``.
 
     Outputs, all but the last of a constrained pipeline on the recipe's device: query and key (S, S, 3) uint8; with
     attention the query's salient share (G_h, G_w) float32, the key mask (S, S, 1) uint8 and the CAST weight () float32;
     with constrained crops the fallback flags (2,) uint8 in CPU memory.
     """
-    kinds = recipe.inputs()
-    feed = fn.external_source(
-        source,
-        num_outputs=len(kinds),
-        batch=True,
-        dtype=[kind for kind, _ in kinds.values()],
-        ndim=[ndim for _, ndim in kinds.values()],
-    )
-    inputs = dict(zip(kinds, feed))
-    image = decoded_image(opened(inputs["image"], recipe), recipe)
-    saliency: Any = None
-    if recipe.needs_maps:
-        saliency = inputs["saliency"] if recipe.raw_maps else decoded_map(opened(inputs["saliency"], recipe))
+    known = set(sys.modules)
+    definition: Any = pipeline_def
+    pipeline = definition(_graph, enable_conditionals=recipe.branches)(source, recipe, **settings)
+    # For conditionals DALI rewrites functions in modules of their own, whose files it deletes when the interpreter
+    # ends; where that is cut short, as in worker processes, they would gather in the temporary folder.
+    for name in set(sys.modules) - known:
+        if name.startswith(GENERATED):
+            Path(str(sys.modules[name].__file__)).unlink(missing_ok=True)
+    return pipeline
+
+
+def _graph(source: Source, recipe: Recipe) -> tuple[Any, ...]:
+    inputs = fed(source, recipe)
+    encoded, saliency = contents(inputs, source, recipe)
+    image = decoded_image(encoded, recipe)
+    if recipe.needs_maps and not recipe.raw_maps:
+        saliency = decoded_map(saliency)
     basis = saliency if recipe.constrained else inputs["shape"]
     corners, fallback = crop_corners(basis, inputs["random"], recipe)
 
@@ -672,12 +755,8 @@ class DaliLoader:
             cuda=device == "cuda",
             native=_choose_native(native, device == "cuda"),
             hw_decoder_load=hw_decoder_load,
-            packed=any(isinstance(sample.image, Member) for sample in dataset.samples),
-            raw_maps=any(
-                isinstance(sample.saliency, Member) and sample.saliency.name.endswith(".npy")
-                for sample in dataset.samples
-            ),
         )
+        self._recipe = dataclasses.replace(self._recipe, **choose_reading(dataset, self._recipe))
         if self._recipe.needs_maps:
             for sample in dataset.samples:
                 if sample.saliency is None and self._recipe.packed:
@@ -817,3 +896,18 @@ def _choose_native(wanted: bool | None, cuda: bool) -> bool:
     slower = "crop windows by NumPy" if cuda else "crop windows by NumPy and views by DALI's own operators"
     logger.warning("%s, which is slower: %s", slower, reason)
     return False
+
+
+def choose_reading(dataset: Dataset, recipe: Recipe) -> dict[str, bool]:
+    """Settles once how files are read, as fields of the recipe, and logs it with the reason."""
+    packed = any(isinstance(sample.image, Member) for sample in dataset.samples)
+    if not packed:
+        return {}
+    raw = [isinstance(sample.saliency, Member) and sample.saliency.name.endswith(".npy") for sample in dataset.samples]
+    obstacle = None if recipe.native else "the native operators are not used"
+    if recipe.native and recipe.needs_maps and any(raw) and not all(raw):
+        obstacle = "only some maps are stored as pixels"
+    elif recipe.native:
+        obstacle = members_obstacle(dataset.samples)
+    logger.info("shards are read by %s", "the native operator" if obstacle is None else f"Python's threads: {obstacle}")
+    return {"packed": True, "raw_maps": any(raw), "native_reading": obstacle is None}

@@ -26,6 +26,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
+import numpy as np
+from numpy.typing import NDArray
+
 from cast_fast.data.layout import Dataset, Fault, Member, Sample, read_labels, shown
 from cast_fast.errors import UserError
 
@@ -259,6 +262,49 @@ def sha256_of(file: Any) -> str:
     return digest.hexdigest()
 
 
+def members_obstacle(samples: Sequence[Sample]) -> str | None:
+    """Why the native operator, which keeps every shard open, cannot read these members; None where it can."""
+    shards = {file.shard for sample in samples for file in (sample.image, sample.saliency) if isinstance(file, Member)}
+    if len(shards) > _most_open_files():
+        return f"{len(shards)} shards are more than half of the files that may be open (ulimit -n)"
+    for shard in shards:
+        if not str(shard).isprintable():
+            return f"the path {shown(shard)} is not plain text"
+    return None
+
+
+def member_places(
+    samples: Sequence[Sample], *, maps: bool, raw_maps: bool
+) -> tuple[tuple[str, ...], NDArray[np.int64]]:
+    """Where the members of packed samples lie.
+
+    Args:
+        samples: of a packed dataset.
+        maps: of the maps too.
+        raw_maps: the maps are ``.npy`` files; then it is where their pixels lie, which end such a file.
+
+    Returns:
+        The shards' paths, and for each sample and each of its members, image and map, int64 (n, 1 or 2, 3):
+        ``[shard, offset, size]``.
+    """
+    shards: dict[Path, int] = {}
+    places = np.empty((len(samples), 1 + maps, 3), dtype=np.int64)
+    for row, sample in zip(places, samples):
+        for place, file in zip(row, (sample.image, sample.saliency)):
+            assert isinstance(file, Member)
+            place[:] = shards.setdefault(file.shard, len(shards)), file.offset, file.size
+        if maps and raw_maps:
+            assert sample.map_shape is not None
+            pixels = sample.map_shape[0] * sample.map_shape[1]
+            row[1, 1:] = row[1, 1] + row[1, 2] - pixels, pixels
+    return tuple(map(str, shards)), places
+
+
+def _most_open_files() -> int:
+    """Half of what this process may open."""
+    return max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+
+
 class ShardReader:
     """Reads members of shards with several threads, so that a slow disk has several requests at a time.
 
@@ -270,8 +316,7 @@ class ShardReader:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="shard-reader")
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
-        # Half of what this process may open: beyond it a shard is opened for each read.
-        self._most_files = max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+        self._most_files = _most_open_files()  # beyond it a shard is opened for each read
 
     def start(self, members: Sequence[Member]) -> list[Future[bytes]]:
         """Begins to read; each future gives a member's content, or raises OSError."""

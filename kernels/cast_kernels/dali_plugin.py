@@ -33,7 +33,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -247,6 +247,29 @@ def saliency_targets(maps: Any, windows: Any, mirrors: Any, *, size: int, grid: 
 
     share, mask = fn.saliency_targets(maps, windows, mirrors, size=size, grid=list(grid))
     return share, mask
+
+
+def read_members(places: Any, ahead: Any, *, files: Sequence[str], parts: int) -> tuple[Any, ...]:
+    """Parts of files, inside a DALI pipeline, read by its threads into its buffers.
+
+    Args:
+        places: int64 (parts, 3), ``[file, offset, size]``, a file being its place in ``files``.
+        ahead: the same of what will be wanted next; the system is asked to read it ahead.
+        files: their paths; they stay open while the pipeline lives.
+        parts: of a sample.
+
+    Returns:
+        As many nodes as ``parts``, uint8 (size,).
+
+    Raises:
+        PluginError: as `load` does. The operator itself refuses wrong inputs and names a file that cannot be read, by
+            DALI's RuntimeError.
+    """
+    load()
+    from nvidia.dali import fn
+
+    read = fn.read_members(places, ahead, files=list(files), parts=parts)
+    return (read,) if parts == 1 else tuple(read)
 
 
 def find_toolchain() -> Toolchain:
