@@ -169,6 +169,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         device = harness.choose_device(args.device)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # as in training
         batch = args.batch if args.batch is not None else (256 if device.type == "cuda" else 4)
         for flag, value in (("--batch", batch), ("--repeats", args.repeats)):
             if value < 1:

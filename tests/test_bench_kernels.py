@@ -62,6 +62,23 @@ def test_a_line_with_wrong_results_has_no_time(tmp_path: Path, capsys: pytest.Ca
     assert "gradient differs from the reference" in capsys.readouterr().err
 
 
+def test_nothing_is_started_after_the_deadline(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cpu", "--quick", "--repeats", "1", "--max-seconds", "-1", "--out", str(tmp_path)]
+    assert kernels.main(flags) == 0
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert {record["name"] for record in records} == {"ceiling"}
+    assert capsys.readouterr().err.count("not measured, out of time") == len(kernels.works(CPU, True))
+
+
+def test_a_gpu_measures_what_a_step_runs_first() -> None:
+    works = [(work.name, work.shape, work.dtype) for work in kernels.works(torch.device("cuda"), False)]
+    assert {name for name, _, _ in works} == set(kernels.NAMES)
+    assert len({str(work) for work in works}) == len(works)
+    first = [name for name, shape, _ in works if shape["N"] == 256][: 2 + len(kernels.BATCH_NORM)]
+    assert first == ["gradcam_cosine", "info_nce", *kernels.BATCH_NORM]
+    assert [shape["N"] for _, shape, _ in works[: len(first)]] == [256] * len(first)
+
+
 def test_inputs_rotate_through_more_than_the_cache() -> None:
     for work in kernels.works(CPU, True):
         sets = kernels.rotation(work, CPU)
