@@ -85,9 +85,15 @@ class PretrainConfig:
     )
     """How the two losses become the total that is optimised."""
     key_bn: str = option("shuffle", "BatchNorm of the key encoder over ranks", choices=("shuffle", "sync", "local"))
-    """Shuffled, synchronised or local batch statistics; all the same on one rank."""
+    """Shuffled, synchronised or local batch statistics; all the same where there is one group."""
     query_bn: str = option("local", "BatchNorm of the query encoder over ranks", choices=("local", "sync"))
-    """``sync`` takes the statistics over the global batch; the same as ``local`` on one rank."""
+    """``sync`` takes the statistics over the global batch; the same as ``local`` where there is one group."""
+    batch_norm_groups: int = option(
+        0, "groups of a process's batch with BatchNorm statistics apart; 0: of 32 samples in one process, 1 in many"
+    )
+    """G groups are to BatchNorm what G times the processes are: one process then shuffles its keys over them. With 0 a
+    resumed run keeps the number that all processes together had; one process takes one group where 32 does not divide
+    ``--batch``, and where keys are not shuffled."""
 
     size: int = option(224, "side of the square crops in pixels")
     """At least 32, one cell of a ResNet's output grid."""
@@ -182,6 +188,7 @@ class PretrainConfig:
             ("queue_size", 1),
             ("size", 32),
             ("batch", 1),
+            ("batch_norm_groups", 0),
             ("loader_threads", 0),
             ("max_nonfinite", 1),
             ("checkpoint_every", 1),
@@ -213,7 +220,19 @@ class PretrainConfig:
             raise UserError(f"--saliency is missing: --method {self.method} needs maps (--method moco does not)")
         if self.saliency is not None and self.images is None:
             raise UserError("--images is missing: got --saliency alone")
+        self._require_groups()
         self.require_queue(1)
+
+    def _require_groups(self) -> None:
+        groups = self.batch_norm_groups
+        if groups < 2:
+            return
+        if self.batch % groups:
+            raise UserError(f"--batch-norm-groups: got {groups}, expected a divisor of --batch {self.batch}")
+        if self.key_bn == self.query_bn == "sync":
+            raise UserError(f"--batch-norm-groups: got {groups} with --key-bn sync --query-bn sync, expected 1 or 0")
+        if self.batch_norm == "streaming":
+            raise UserError(f"--batch-norm-groups: got {groups} with --batch-norm streaming, expected 1 or 0")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -80,6 +80,8 @@ EXIT_STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: a run that a signal stopped and that ``--resume`` continues."""
 TIMING_EVERY = 10
 """Steps that a row of timing.csv covers."""
+GROUP_SIZE = 32
+"""Samples of a BatchNorm group where nothing else is asked for: what a GPU had in the published recipes, 8 × 32."""
 LOG_SECONDS = 30.0
 """Time between lines of progress where the output is no terminal."""
 _NAMED_SAMPLES = 8
@@ -147,9 +149,10 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
     device = resolve_device(config.device, world)
     kernels = use_kernels(config.kernels, device)
     grid = cam_grid(config.arch, config.size)
-    if config.batch * grid[0] * grid[1] < 2:
+    if config.batch // max(config.batch_norm_groups, 1) * grid[0] * grid[1] < 2:
         raise UserError(
-            f"--batch: got {config.batch} at --size {config.size}, expected at least 2: BatchNorm needs two values"
+            f"--batch: got {config.batch} at --size {config.size}, expected at least 2 samples in each of the "
+            f"BatchNorm groups ({max(config.batch_norm_groups, 1)}): BatchNorm needs two values"
         )
     if (fault := dali_fault()) is not None:
         raise UserError(fault)
@@ -161,7 +164,7 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         stack.enter_context(distributed.process_group(world, device, config.collective_timeout))
         run, locked, saved, dataset = config.out, False, None, None
 
-        def prepare() -> tuple[int | None, str]:
+        def prepare() -> tuple[int | None, int, str]:
             nonlocal locked, saved, dataset
             _check_run_folder(run, config, world.size)
             if locked := run.is_dir():
@@ -169,10 +172,11 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
             saved = checkpoint.find_last(run, set_aside=True) if config.resume else None
             if saved is not None:
                 _require_same_config(saved.config, saved.state["progress"], config, world.size, str(saved.path))
+            groups = batch_norm_groups(config, world.size, None if saved is None else saved.state["progress"])
             dataset = _load_dataset(config)
-            return None if saved is None else saved.step, dataset.fingerprint()
+            return None if saved is None else saved.step, groups, dataset.fingerprint()
 
-        step, fingerprint = distributed.on_main(prepare, "preparation by rank 0")
+        step, groups, fingerprint = distributed.on_main(prepare, "preparation by rank 0")
 
         def follow() -> None:
             nonlocal saved, dataset
@@ -210,7 +214,7 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         )
         if saved is not None:
             saved = checkpoint.read(saved, distributed.checkpoint_group())
-        trainer = _Trainer(config, world, device, kernels, dataset, model, optimizer, chosen, total, saved)
+        trainer = _Trainer(config, world, device, kernels, groups, dataset, model, optimizer, chosen, total, saved)
         del saved  # a copy of the whole state
 
         def claim() -> None:
@@ -332,11 +336,55 @@ def _read_run_config(path: Path) -> dict[str, Any]:
     raise UserError(f"cannot read {path}: not written by cast_fast; move it away to go by the checkpoints alone")
 
 
+def batch_norm_groups(config: PretrainConfig, processes: int, begun: dict[str, Any] | None = None) -> int:
+    """BatchNorm groups of each process's batch; what ``--batch-norm-groups 0`` comes to is logged.
+
+    Args:
+        config: its batch is that of one process.
+        processes: W.
+        begun: of a run that goes on: its ``processes`` and ``batch_norm_groups`` (none: an older run, without groups).
+
+    Raises:
+        UserError: a run that goes on has another number of groups in all.
+    """
+    if config.key_bn == config.query_bn == "sync":
+        return 1
+    groups = config.batch_norm_groups
+    if begun is not None:
+        total = begun.get("processes", 1) * begun.get("batch_norm_groups", 1)
+        if groups and groups * processes != total:
+            raise UserError(
+                f"--resume: --batch-norm-groups: got {groups} on {processes} process{'es' if processes > 1 else ''}, "
+                f"expected {total} groups in all, as the run has had, or 0"
+            )
+        groups, rest = divmod(total, processes)
+        if rest or config.batch % groups:
+            logger.warning("BatchNorm: %d groups, one a process, instead of %d so far", processes, total)
+            return 1
+        return groups
+    if groups:
+        return groups
+    if processes > 1 or config.key_bn != "shuffle":
+        return 1
+    groups = config.batch // GROUP_SIZE
+    if config.batch % GROUP_SIZE or groups == 1 or config.batch_norm == "streaming":
+        logger.info(
+            "BatchNorm: one group: query and key share batch statistics that the queue's negatives lack, by which the "
+            "encoder can tell the key; --batch-norm-groups G, a divisor of --batch, prevents it"
+        )
+        return 1
+    logger.info("BatchNorm: %d groups of %d samples, keys shuffled over them", groups, GROUP_SIZE)
+    return groups
+
+
 def _require_same_config(
     settings: dict[str, Any], processes: dict[str, Any], now: PretrainConfig, now_processes: int, where: str
 ) -> None:
-    """Refuses changed settings. ``--batch`` may change with the number of processes: their product may not."""
-    saved = PretrainConfig.from_json(settings)
+    """Refuses changed settings. ``--batch`` may change with the number of processes: their product may not.
+
+    For ``--batch-norm-groups`` see ``batch_norm_groups``.
+    """
+    saved = dataclasses.replace(PretrainConfig.from_json(settings), batch_norm_groups=now.batch_norm_groups)
     before, after = saved.batch * processes.get("processes", 1), now.batch * now_processes
     if before != after and (now_processes > 1 or processes.get("processes", 1) > 1):
         raise UserError(
@@ -416,6 +464,7 @@ class _Trainer:
         world: distributed.World,
         device: torch.device,
         kernels: bool,
+        groups: int,
         dataset: layout.Dataset,
         model: MoCo,
         optimizer: torch.optim.Optimizer,
@@ -427,7 +476,7 @@ class _Trainer:
         self.config, self.world, self.device, self.kernels, self.dataset = config, world, device, kernels, dataset
         self.run = config.out
         self.model, self.optimizer, self.total_steps = model, optimizer, total_steps
-        self.optimizer_record = optimizer_record
+        self.optimizer_record, self.groups = optimizer_record, groups
         self.first_step = self.step = 0
         self.saved_step: int | None = None
         self.fresh = not _holds_run(self.run)
@@ -479,6 +528,7 @@ class _Trainer:
                 "step": self.step,
                 "total_steps": self.total_steps,
                 "processes": self.world.size,
+                "batch_norm_groups": self.groups,
                 "nonfinite": {"in_a_row": self.nonfinite.in_a_row, "total": self.nonfinite.total},
             },
         }
@@ -519,6 +569,7 @@ class _Trainer:
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "host": platform.node(),
             "processes": self.world.size,
+            "batch_norm_groups": self.groups,
             "device": torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "cpu",
             "threads": torch.get_num_threads(),
             "precision": str(train_step.dtype).removeprefix("torch."),
@@ -591,6 +642,7 @@ class _Trainer:
                 config.queue_exchange,
                 config.grad_compression,
                 config.seed,
+                self.groups,
             ),
         )
         train_step.number = self.step

@@ -19,7 +19,6 @@ from cast_fast import distributed, parallel
 from cast_fast.distributed import RECORD, Heartbeat, World, heartbeats
 from cast_fast.errors import UserError
 from cast_fast.parallel import RankSettings
-from cast_fast.shuffle import shuffle_plan
 from cast_fast.step import StepMetrics
 
 SIZES = (2, 4)
@@ -234,22 +233,6 @@ def test_ranks_of_one_are_the_plain_step() -> None:
     assert plain["sums"] == []
 
 
-@pytest.mark.parametrize("members", [1, 2, 3, 8])
-def test_shuffle_plans_fit_together(members: int) -> None:
-    count = 5
-    seen = set()
-    for step in range(6):
-        plans = [shuffle_plan(7, step, count, rank, members) for rank in range(members)]
-        for rank, plan in enumerate(plans):
-            assert sorted(plan.order.tolist()) == list(range(count))
-            assert sum(plan.send) == sum(plan.receive) == count
-            assert plan.receive == [other.send[rank] for other in plans]
-        seen.add(tuple(tuple(plan.send) for plan in plans))
-        again = shuffle_plan(7, step, count, members + 1, members)  # the same place in the next group
-        assert again.send == plans[1 % members].send
-    assert len(seen) > 1 or members == 1
-
-
 def test_exchange_by_counted_bytes() -> None:
     assert distributed.exchange_bytes(256, 65536, 128, 1) == {"gather": 0, "reduce": 0}
     counted = distributed.exchange_bytes(256, 65536, 128, 8)
@@ -270,6 +253,11 @@ def test_subgroups() -> None:
 def test_unknown_settings_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}: got 'x', expected one of"):
         RankSettings(**{name: "x"})  # pyright: ignore[reportArgumentType]
+
+
+def test_groups_are_at_least_one() -> None:
+    with pytest.raises(ValueError, match="groups: got 0, expected at least 1"):
+        RankSettings(groups=0)
 
 
 def test_settings_of_the_command_line_are_known() -> None:

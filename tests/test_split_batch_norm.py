@@ -11,6 +11,7 @@ from test_step import batch_of, differing, snapshot, tiny_step
 from torch import nn
 
 from cast_fast.encoder import build_trunk
+from cast_fast.parallel import RankSettings
 from cast_fast.split_batch_norm import SplitBatchNorm2d, split_batch_norm
 from cast_fast.sync_batch_norm import SyncBatchNorm2d
 
@@ -47,6 +48,25 @@ def test_gradients_are_those_of_apart_passes() -> None:
     torch.testing.assert_close(torch.autograd.grad((network(x) * weight).sum(), x)[0], want, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("passes", [1, 2])
+def test_groups_are_modules_side_by_side(passes: int) -> None:
+    """Each group by a torch module of its own; the running statistics are the mean of theirs, a step a pass."""
+    torch.manual_seed(2)
+    groups = 3
+    plain = nn.BatchNorm2d(4, momentum=0.2).double()
+    network = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(network, groups, passes)
+    modules = [copy.deepcopy(plain) for _ in range(groups)]
+    parts = [torch.randn(2, 4, 3, 3, dtype=torch.float64) * (1 + part) + part for part in range(passes * groups)]
+    expected = [modules[number % groups](part) for number, part in enumerate(parts)]
+    torch.testing.assert_close(network(torch.cat(parts)), torch.cat(expected), rtol=1e-12, atol=1e-12)
+    state = network[0].state_dict()
+    for name in ("running_mean", "running_var"):
+        want = torch.stack([module.state_dict()[name] for module in modules]).mean(0)
+        torch.testing.assert_close(state[name], want, rtol=1e-12, atol=1e-12)
+    assert state["num_batches_tracked"] == passes
+
+
 def test_eval_mode_and_one_part_are_torch_to_the_bit() -> None:
     x = torch.randn(4, 3, 5, 5)
     plain = nn.BatchNorm2d(3)
@@ -62,6 +82,8 @@ def test_what_cannot_be_split_is_refused() -> None:
     split_batch_norm(network, passes=2)
     with pytest.raises(ValueError, match="got 5 samples, expected a multiple of 2"):
         network(torch.randn(5, 3, 4, 4))
+    with pytest.raises(ValueError, match="got 1 value a channel in each of 2 parts"):
+        network(torch.randn(2, 3, 1, 1))
     assert isinstance(network[0], SplitBatchNorm2d)
     for norm in (SyncBatchNorm2d(3), nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None)):
         with pytest.raises(ValueError, match=r"expected nn\.BatchNorm2d with a momentum"):
@@ -72,9 +94,11 @@ def test_what_cannot_be_split_is_refused() -> None:
         split_batch_norm(trunk, 2)
 
 
-def test_step_with_joined_keys_is_the_step() -> None:
+@pytest.mark.parametrize("groups", [1, 3])
+def test_step_with_joined_keys_is_the_step(groups: int) -> None:
     """Every tensor of a checkpoint after three steps in float64: keys, queue, both encoders, running statistics."""
-    steps = [tiny_step(dtype=torch.float64, join_keys=join) for join in (False, True)]
+    ranks = RankSettings(groups=groups)
+    steps = [tiny_step(dtype=torch.float64, join_keys=join, ranks=ranks) for join in (False, True)]
     metrics = [[step(batch_of(seed), 0.05) for seed in range(3)] for step in steps]
     first, second = (snapshot(step) for step in steps)
     assert first.keys() == second.keys()
@@ -98,10 +122,12 @@ def test_wrong_mode_is_named() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("settings", [{"compile_mode": "reduce-overhead"}, {"join_keys": True}], ids=str)
-def test_compiled_variants_on_a_gpu(cuda: torch.device, settings: dict[str, Any]) -> None:
+def test_compiled_variants_on_a_gpu(cuda: torch.device, settings: dict[str, Any], groups: int) -> None:
     """Also that metrics of an earlier step survive the replay of a later one."""
-    steps = [tiny_step(cuda, compile=True), tiny_step(cuda, compile=True, **settings)]
+    ranks = RankSettings(groups=groups)
+    steps = [tiny_step(cuda, compile=True, ranks=ranks), tiny_step(cuda, compile=True, ranks=ranks, **settings)]
     metrics = [[step(batch_of(seed, cuda), 0.05) for seed in range(5)] for step in steps]
     for one, other in zip(*metrics):
         torch.testing.assert_close(torch.stack(list(other[:3])), torch.stack(list(one[:3])), rtol=1e-4, atol=1e-5)

@@ -14,12 +14,15 @@ import torch._dynamo
 import torch._inductor.config
 from tiny_encoder import STRIDE, tiny_encoder
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
+from torchvision.models.resnet import BasicBlock
 
 from cast_fast.data.batch import Batch, random_batch
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import build_optimizer
+from cast_fast.parallel import RankSettings
 from cast_fast.step import (
     IMAGE_MEAN,
     IMAGE_STD,
@@ -353,6 +356,56 @@ def test_resume_is_bitwise(compile: bool) -> None:
     assert differing(snapshot(straight), snapshot(second)) == []
 
 
+def test_groups_resume_bitwise_and_depend_on_the_step() -> None:
+    """The shuffle is a function of seed and step: a resumed run deals out as an undisturbed one, others do not."""
+
+    def build(seed: int = 4) -> TrainStep:
+        return tiny_step(ranks=RankSettings(groups=3, seed=seed))
+
+    straight, first, second, other = build(), build(), build(), build(5)
+    for number in range(4):
+        straight(batch_of(number), LR)
+        other(batch_of(number), LR)
+        if number < 2:
+            first(batch_of(number), LR)
+    resume(first, second)
+    late, late.number = build(), 1
+    resume(first, late)
+    second.number = 2
+    for number in (2, 3):
+        second(batch_of(number), LR)
+        late(batch_of(number), LR)
+    assert differing(snapshot(straight), snapshot(second)) == []
+    for changed in (other, late):
+        assert "model.queue.keys" in differing(snapshot(straight), snapshot(changed))
+
+
+@pytest.mark.parametrize(("backend", "join"), [("inductor", False), ("aot_eager", True)])
+def test_groups_compile_as_one_graph(backend: str, join: bool) -> None:
+    """Over a trunk with a residual block; the permutation is an argument, so no step compiles anew."""
+
+    def build() -> TrainStep:
+        torch.manual_seed(0)
+        encoder = tiny_encoder()
+        encoder.trunk.add_module("block", BasicBlock(16, 16))
+        model = MoCo.from_encoder(encoder, 8, 20).double()
+        return TrainStep(
+            model, build_optimizer(model.query.parameters(), LR), objective=Objective(temperature=0.2), compile=False,
+            precision="fp32", join_keys=join, ranks=RankSettings(groups=3),
+        )  # fmt: skip
+
+    steps = build(), build()
+    steps[1]._losses = torch.compile(step_losses, fullgraph=True, dynamic=False, backend=backend)
+    counters.clear()
+    for number in range(3):
+        batch = batch_of(number)
+        for value, expected in zip(*(step(batch, LR) for step in steps)):
+            torch.testing.assert_close(value, expected, rtol=1e-10, atol=1e-12)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    for (name, value), target in zip(steps[1].model.state_dict().items(), steps[0].model.state_dict().values()):
+        torch.testing.assert_close(value, target, rtol=1e-9, atol=1e-11, msg=name)
+
+
 def convolution_outputs(code: str) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Sizes and strides of every image that a convolution or its backward returns, from Inductor's generated code."""
     four = r"\((\d+), (\d+), (\d+), (\d+)\)"
@@ -429,6 +482,8 @@ def test_callers_mistakes() -> None:
         tiny_step()(batch_of(0, attention=False), LR)
     with pytest.raises(ValueError, match=r"got 6 samples, expected at most 5 \(queue\)"):
         tiny_step(queue_size=5)(batch_of(0), LR)
+    with pytest.raises(ValueError, match=r"got 6 samples, expected a multiple of 4 \(groups\)"):
+        tiny_step(ranks=RankSettings(groups=4))(batch_of(0), LR)
     model = tiny_step().model
     model.key.to(memory_format=torch.contiguous_format)
     with pytest.raises(ValueError, match="different memory formats"):
@@ -439,9 +494,10 @@ def test_callers_mistakes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compile", [False, True])
-def test_no_synchronisation_with_the_host(cuda: torch.device, compile: bool) -> None:
-    step = tiny_step(cuda, compile=compile, kernels=compile, precision="bf16", clip_grad=0.5)
+@pytest.mark.parametrize(("compile", "groups"), [(False, 1), (True, 1), (True, 3)])
+def test_no_synchronisation_with_the_host(cuda: torch.device, compile: bool, groups: int) -> None:
+    ranks = RankSettings(groups=groups)
+    step = tiny_step(cuda, compile=compile, kernels=compile, precision="bf16", clip_grad=0.5, ranks=ranks)
     batches = [batch_of(seed, cuda) for seed in range(4)]
     metrics: list[StepMetrics] = [step(batches[0], LR), step(batches[1], LR)]
     torch.cuda.synchronize()

@@ -202,9 +202,12 @@ def test_saving_in_the_background_saves_the_same(
     assert (tmp_path / "run" / "metrics.csv").read_bytes() == (undisturbed[0] / "metrics.csv").read_bytes()
 
 
-def test_other_numbers_of_ranks_continue_the_run(scenes: Path, tmp_path: Path) -> None:
-    """Four ranks, then two, one, and four again: with synchronised BatchNorm nothing but the order of sums differs."""
-    changes = {"key_bn": "sync", "query_bn": "sync"}
+@pytest.mark.parametrize("changes", [{"key_bn": "sync", "query_bn": "sync"}, {}], ids=["synchronised", "groups"])
+def test_other_numbers_of_ranks_continue_the_run(scenes: Path, tmp_path: Path, changes: dict[str, str]) -> None:
+    """Four ranks, then two, one, and four again: BatchNorm over all, or over as many groups as there were ranks.
+
+    Nothing but the order of sums differs.
+    """
     whole = tmp_path / "four"
     results = run_in_ranks(4, settings(scenes, whole, 4, **changes), tmp_path)
     expected, table = last(whole), rows(whole / "metrics.csv")

@@ -247,6 +247,59 @@ def test_signal_saves_and_resume_is_bitwise(
     assert [start["step"] for start in starts] == [0, at]
 
 
+def test_groups_resume_bitwise(
+    undisturbed: Path, scenes: Path, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shuffle goes on where it stopped; without the flag the run keeps its groups, another number is refused."""
+    whole = tmp_path / "whole"
+    assert train.pretrain(settings(scenes, whole, batch_norm_groups=2)).finished
+    assert (whole / "metrics.csv").read_bytes() != (undisturbed / "metrics.csv").read_bytes()
+    assert json.loads((whole / "config.json").read_text())["starts"][0]["batch_norm_groups"] == 2
+    with monkeypatch.context() as patch:
+        patch_step(patch, lambda call, _: os.kill(os.getpid(), signal.SIGTERM) if call == 3 else None)
+        assert train.pretrain(settings(scenes, run, batch_norm_groups=2)).step == 3
+    with pytest.raises(UserError, match=r"--batch-norm-groups: got 4 on 1 process, expected 2 groups in all"):
+        train.pretrain(settings(scenes, run, batch_norm_groups=4, resume=True))
+    assert train.pretrain(settings(scenes, run, resume=True)).finished
+    assert_same_run(run, whole)
+    shutil.rmtree(whole)
+
+
+@pytest.mark.parametrize(
+    ("changes", "processes", "begun", "groups", "said"),
+    [
+        ({}, 1, None, 8, "8 groups of 32 samples"),
+        ({}, 8, None, 1, ""),
+        ({"batch": 100}, 1, None, 1, "one group"),
+        ({"batch": 32}, 1, None, 1, "one group"),
+        ({"batch_norm": "streaming"}, 1, None, 1, "one group"),
+        ({"key_bn": "local"}, 1, None, 1, ""),
+        ({"key_bn": "sync", "query_bn": "sync"}, 1, None, 1, ""),
+        ({"batch_norm_groups": 4}, 1, None, 4, ""),
+        ({"batch_norm_groups": 4}, 2, None, 4, ""),
+        # A run that goes on: with as many groups in all as before, where that is possible.
+        ({}, 1, {"processes": 4}, 4, ""),
+        ({}, 1, {"processes": 1}, 1, ""),
+        ({}, 2, {"processes": 1, "batch_norm_groups": 8}, 4, ""),
+        ({}, 3, {"processes": 4, "batch_norm_groups": 1}, 1, "3 groups, one a process, instead of 4"),
+        ({"batch": 30}, 1, {"processes": 4}, 1, "1 groups, one a process, instead of 4"),
+        ({"batch_norm_groups": 2}, 2, {"processes": 4}, 2, ""),
+        ({"key_bn": "sync", "query_bn": "sync"}, 3, {"processes": 4}, 1, ""),
+    ],
+)
+def test_batch_norm_groups(
+    changes: dict[str, Any],
+    processes: int,
+    begun: dict[str, int] | None,
+    groups: int,
+    said: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, logger="cast_fast"):
+        assert train.batch_norm_groups(PretrainConfig(**changes), processes, begun) == groups
+    assert said in caplog.text and bool(said) == bool(caplog.text)
+
+
 def test_signal_during_preparation_ends_at_once(
     scenes: Path, run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
