@@ -103,19 +103,21 @@ def _info_nce(
     return cases
 
 
-def _batch_norm(dtype: torch.dtype, *, samples: int = 256, channels: int = 256, side: int = 56) -> list[Case]:
+def _batch_norm(
+    dtype: torch.dtype, *, samples: int = 256, channels: int = 256, side: int = 56, parts: int = 1
+) -> list[Case]:
     """Every operator of the BatchNorm family, with each of its optional arguments."""
     norm = batch_norm
     x, dy, dy_skip, y, shortcut = (_maps(samples, channels, side, dtype) for _ in range(5))
     pooled, pooled_skip = (_maps(samples, channels, (side + 1) // 2, dtype) for _ in range(2))
     choice = _maps(samples, channels, (side + 1) // 2, torch.uint8)
     mean, scale, bias, constant, slope, mean2, scale2, bias2, constant2, slope2 = (
-        _meta(channels, dtype=torch.float32) for _ in range(10)
+        _meta(*([parts] if parts > 1 else []), channels, dtype=torch.float32) for _ in range(10)
     )
     first, second = (mean, scale, constant, slope), (mean2, scale2, constant2, slope2)
     # How many tiles of activations one program reads at a time: the pool's windows and pixels are four of each.
     plans = [
-        ("statistics", 1, norm._statistics.plan(x)),
+        ("statistics", 1, norm._statistics.plan(x, parts)),
         ("apply", 1, norm._apply.plan(x, mean, scale, bias)),
         ("apply, shortcut", 2, norm._apply.plan(x, mean, scale, bias, shortcut)),
         ("apply, two", 2, norm._apply.plan(x, mean, scale, bias, shortcut, mean2, scale2, bias2)),
@@ -137,13 +139,15 @@ def _batch_norm(dtype: torch.dtype, *, samples: int = 256, channels: int = 256, 
     suffix = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]
     if channels % 16:
         suffix += f" C={channels}"
+    if parts > 1:
+        suffix += " parts"
     found: list[Case] = []
     for name, tiles, (sweep, *combine) in plans:
         elements = sweep.constants["BLOCK_R"] * sweep.constants["BLOCK_C"] * dtype.itemsize
         wide = 0 if channels % 16 else tiles * elements // (sweep.num_warps * 32 * 16)
         narrow = 16 if dtype.itemsize == 2 and not channels % 16 else 0
         found.append(Case(f"batch_norm {name} {suffix}", sweep, wide, narrow))
-        if combine and dtype == torch.bfloat16 and name in ("statistics", "relu_reduce"):
+        if combine and parts == 1 and dtype == torch.bfloat16 and name in ("statistics", "relu_reduce"):
             found.append(Case(f"batch_norm {name} {suffix}, combine", combine[0], 0, 0))
     return found
 
@@ -176,6 +180,7 @@ def cases(capability: int) -> Iterator[Case]:
     yield from _batch_norm(torch.float16)
     yield from _batch_norm(torch.float32)
     yield from _batch_norm(torch.bfloat16, channels=65, side=7)
+    yield from _batch_norm(torch.bfloat16, parts=2)
 
 
 def specialise(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:

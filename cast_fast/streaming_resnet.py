@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torchvision.models import resnet
 
 from cast_fast import distributed
+from cast_fast.split_batch_norm import SplitBatchNorm2d
 from cast_fast.sync_batch_norm import SyncBatchNorm2d, join_statistics
 from cast_kernels import (
     batch_norm_add_reduce,
@@ -45,9 +46,9 @@ class Batch(NamedTuple):
 
     norm: nn.BatchNorm2d
     moments: Tensor
-    """(2, C): mean and biased variance."""
+    """(2, C): mean and biased variance; of P parts (2, P, C)."""
     count: int
-    """Values a channel."""
+    """Values a channel, of one part."""
 
 
 class Branches(NamedTuple):
@@ -188,17 +189,20 @@ class StreamingBlock(nn.Module):
 def batch_statistics(norm: nn.BatchNorm2d, x: Tensor, batches: list[Batch]) -> Tensor:
     """Mean and biased variance (2, C) of the batch, over all ranks for a ``SyncBatchNorm2d``.
 
+    (2, P, C) of the P parts of a ``SplitBatchNorm2d``.
+
     Args:
         norm: in training mode.
         x: (n, C, H, W), what it normalises.
         batches: gets an entry for ``enter_statistics``.
 
     Raises:
-        ValueError: a single value a channel, which has no variance.
+        ValueError: a single value a channel, which has no variance; samples that the parts do not divide.
     """
+    parts = norm.parts if isinstance(norm, SplitBatchNorm2d) else 1
     with torch.no_grad():
-        moments = batch_norm_statistics(x.detach())
-        count = x.numel() // x.shape[1]
+        moments = batch_norm_statistics(x.detach(), parts)
+        count = x.numel() // x.shape[1] // parts
         if _synced(norm):
             moments = join_statistics(moments)
             count *= distributed.world_size()
@@ -209,20 +213,33 @@ def batch_statistics(norm: nn.BatchNorm2d, x: Tensor, batches: list[Batch]) -> T
 
 
 def enter_statistics(batches: list[Batch]) -> None:
-    """Moves running statistics and counts as ``nn.BatchNorm2d`` does in a forward pass, for many of them at once."""
-    groups: dict[tuple[float, int], list[Batch]] = {}
+    """Moves running statistics and counts as the BatchNorms do in a forward pass, for many of them at once.
+
+    Those of a ``SplitBatchNorm2d`` take one step a pass, by the mean over its groups.
+    """
+    alike: dict[tuple[float, int, int, int], list[Batch]] = {}
     for batch in batches:
-        momentum = batch.norm.momentum
-        assert momentum is not None
-        groups.setdefault((momentum, batch.count), []).append(batch)
+        norm = batch.norm
+        assert norm.momentum is not None
+        passes, groups = (norm.passes, norm.groups) if isinstance(norm, SplitBatchNorm2d) else (1, 1)
+        alike.setdefault((norm.momentum, batch.count, passes, groups), []).append(batch)
     with torch.no_grad():
-        for (momentum, count), group in groups.items():
-            norms: list[Any] = [batch.norm for batch in group]
-            moments = [batch.moments.to(norm.running_mean.dtype) for batch, norm in zip(group, norms)]
-            torch._foreach_add_([norm.num_batches_tracked for norm in norms], 1)
-            torch._foreach_lerp_([norm.running_mean for norm in norms], [pair[0] for pair in moments], momentum)
-            unbiased = torch._foreach_mul([pair[1] for pair in moments], count / (count - 1))
-            torch._foreach_lerp_([norm.running_var for norm in norms], unbiased, momentum)
+        for (momentum, count, passes, groups), some in alike.items():
+            norms: list[Any] = [batch.norm for batch in some]
+            moments = [batch.moments.to(norm.running_mean.dtype) for batch, norm in zip(some, norms)]
+            for first in range(0, passes * groups, groups):
+                pairs = moments if passes * groups == 1 else [each[:, first] for each in moments]
+                for part in range(first + 1, first + groups):
+                    pairs = torch._foreach_add(pairs, [each[:, part] for each in moments])
+                if groups > 1:
+                    pairs = torch._foreach_div(pairs, groups)
+                # None: whoever took the counter away counts (``batch_counters``).
+                counters = [norm.num_batches_tracked for norm in norms if norm.num_batches_tracked is not None]
+                if counters:
+                    torch._foreach_add_(counters, 1)
+                torch._foreach_lerp_([norm.running_mean for norm in norms], [pair[0] for pair in pairs], momentum)
+                unbiased = torch._foreach_mul([pair[1] for pair in pairs], count / (count - 1))
+                torch._foreach_lerp_([norm.running_var for norm in norms], unbiased, momentum)
 
 
 def _synced(norm: nn.Module) -> bool:
@@ -235,8 +252,8 @@ def _settings(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float, bool]:
 
 
 def _check_norm(norm: Any) -> None:
-    ordinary = type(norm) in (nn.BatchNorm2d, SyncBatchNorm2d) and norm.affine and norm.track_running_stats
-    if not ordinary or norm.momentum is None:
+    known = type(norm) in (nn.BatchNorm2d, SyncBatchNorm2d, SplitBatchNorm2d)
+    if not known or not norm.affine or not norm.track_running_stats or norm.momentum is None:
         raise ValueError(f"BatchNorm: got {norm}, expected nn.BatchNorm2d, affine, with running statistics")
 
 
@@ -248,7 +265,7 @@ def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
 
 
 class _Vectors(NamedTuple):
-    """What the sweeps need of one BatchNorm, (C,) each in the dtype of the statistics."""
+    """What the sweeps need of one BatchNorm, (C,) or (P, C) each in the dtype of the statistics."""
 
     mean: Tensor
     inverse: Tensor
@@ -261,17 +278,24 @@ class _Vectors(NamedTuple):
 def _vectors(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> _Vectors:
     mean, variance = moments[0], moments[1]
     inverse = torch.rsqrt(variance + eps)
-    return _Vectors(mean, inverse, weight.to(inverse.dtype) * inverse, bias.to(inverse.dtype))
+    bias = bias.to(inverse.dtype)
+    bias = bias if inverse.dim() == 1 else bias.expand_as(inverse)
+    return _Vectors(mean, inverse, weight.to(inverse.dtype) * inverse, bias)
+
+
+def _of_parameter(gradient: Tensor, dtype: torch.dtype) -> Tensor:
+    """(C,) in the dtype of weight and bias: the sum over parts, which share them."""
+    return (gradient if gradient.dim() == 1 else gradient.sum(0)).to(dtype)
 
 
 def _coefficients(
     gradient: Tensor, product: Tensor, vectors: _Vectors, x: Tensor, synced: bool
 ) -> tuple[Tensor, Tensor]:
-    """constant and slope of the input gradient, from this rank's sums of g and of g (x - mean), (C,) each.
+    """constant and slope of the input gradient, from this rank's sums of g and of g (x - mean), (C,) or (P, C) each.
 
     The statistics are functions of every rank's x, so with common statistics the sums are those of all ranks.
     """
-    count = x.numel() // x.shape[1]
+    count = x.numel() // x.shape[1] // (1 if gradient.dim() == 1 else len(gradient))
     if synced:
         count *= distributed.world_size()
         sums = distributed.all_reduce(torch.stack([gradient, product]), "BatchNorm statistics, gradient")
@@ -298,7 +322,8 @@ class _NormRelu(torch.autograd.Function):
         sums = batch_norm_relu_reduce(dy, x, mean, scale, bias)
         constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
         dx = batch_norm_relu_input_gradient(dy, x, mean, scale, bias, constant, slope)
-        return dx, None, (sums[1] * inverse).to(ctx.dtype), sums[0].to(ctx.dtype), None, None
+        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
+        return dx, None, dweight, dbias, None, None
 
 
 class _NormAddRelu(torch.autograd.Function):
@@ -328,7 +353,8 @@ class _NormAddRelu(torch.autograd.Function):
         g, sums = batch_norm_add_reduce(dy, dy_skip, y, x, mean)
         constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
         dx = batch_norm_input_gradient(g, x, mean, scale, constant, slope)
-        return None, dx, None, (sums[1] * inverse).to(ctx.dtype), sums[0].to(ctx.dtype), None, None, g
+        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
+        return None, dx, None, dweight, dbias, None, None, g
 
 
 class _NormAddNormRelu(torch.autograd.Function):
@@ -369,10 +395,9 @@ class _NormAddNormRelu(torch.autograd.Function):
         dx, dshortcut = batch_norm_input_gradients(
             g, x, mean, scale, *coefficients, shortcut, mean_s, scale_s, *coefficients_s
         )
-        dbias = sums[0].to(ctx.dtype)
-        gradients = (dx, None, (sums[1] * inverse).to(ctx.dtype), dbias, None, None)
-        shortcut_gradients = (dshortcut, None, (sums[2] * inverse_s).to(ctx.dtype), dbias.clone(), None, None)
-        return None, *gradients, *shortcut_gradients
+        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
+        dweight_s = _of_parameter(sums[2] * inverse_s, ctx.dtype)
+        return None, dx, None, dweight, dbias, None, None, dshortcut, None, dweight_s, dbias.clone(), None, None
 
 
 class _NormReluPool(torch.autograd.Function):
@@ -394,4 +419,5 @@ class _NormReluPool(torch.autograd.Function):
         sums = batch_norm_relu_pool_reduce(dy, dy_skip, choice, x, mean, scale, bias)
         constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
         dx = batch_norm_relu_pool_input_gradient(dy, dy_skip, choice, x, mean, scale, bias, constant, slope)
-        return dx, None, (sums[1] * inverse).to(ctx.dtype), sums[0].to(ctx.dtype), None, None
+        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
+        return dx, None, dweight, dbias, None, None

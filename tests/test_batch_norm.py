@@ -80,8 +80,13 @@ class Inputs:
         return Inputs(**{name: t.double() if t.is_floating_point() else t for name, t in values.items()})
 
 
-def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: torch.device = KERNEL_DEVICE) -> Inputs:
-    """Random numbers such that no z is near zero, where float64 might mask otherwise than float32."""
+def inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: torch.device = KERNEL_DEVICE, parts: int = 0
+) -> Inputs:
+    """Random numbers such that no z is near zero, where float64 might mask otherwise than float32.
+
+    Vectors are (parts, C), or (C,) for 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     channels = shape[1]
     small = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
@@ -90,14 +95,15 @@ def inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0, device: to
         return torch.randn(size, generator=generator).to(dtype)
 
     def vector() -> Tensor:
-        return torch.randn(channels, generator=generator)
+        return torch.randn((parts, channels) if parts else (channels,), generator=generator)
 
     mean, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias = (vector() for _ in range(7))
-    scale = (0.5 + torch.rand(channels, generator=generator)) * torch.where(vector() < -1, -1, 1)
+    scale = (0.5 + torch.rand(mean.shape, generator=generator)) * torch.where(vector() < -1, -1, 1)
     x = maps(shape)
-    z = (x.double() - by_channel(mean).double()) * by_channel(scale).double() + by_channel(bias).double()
+    centre, factor, level = (by_channel(v, len(x)) for v in (mean, scale, bias))
+    z = (x.double() - centre.double()) * factor.double() + level.double()
     near = z.abs() < 1e-3
-    x = torch.where(near, (by_channel(mean) + (1 - by_channel(bias)) / by_channel(scale)).to(dtype), x)
+    x = torch.where(near, (centre + (1 - level) / factor).to(dtype), x)
     choice = torch.randint(0, 9, small, generator=generator, dtype=torch.uint8)
     values = [x, maps(shape), maps(shape), maps(shape).relu(), maps(shape), maps(small), maps(small), inside(choice, x)]
     values = [tensor.to(device).contiguous(memory_format=torch.channels_last) for tensor in values]
@@ -113,7 +119,9 @@ def inside(choice: Tensor, x: Tensor) -> Tensor:
     return torch.where(there, choice, torch.full_like(choice, 4))
 
 
-def by_channel(vector: Tensor) -> Tensor:
+def by_channel(vector: Tensor, samples: int = 1) -> Tensor:
+    if vector.dim() == 2:
+        return vector.repeat_interleave(samples // len(vector), 0)[:, :, None, None]
     return vector[:, None, None]
 
 
@@ -232,6 +240,55 @@ def pixels(choice: Tensor, width: int) -> Tensor:
     row = 2 * torch.arange(choice.shape[2], device=choice.device)[:, None] - 1 + choice.long() // 3
     column = 2 * torch.arange(choice.shape[3], device=choice.device) - 1 + choice.long() % 3
     return row * width + column
+
+
+def part_of(i: Inputs, part: int, parts: int) -> Inputs:
+    """The arguments of one part alone, with vectors (C,)."""
+    return Inputs(**{n: t.chunk(parts)[part] if t.dim() == 4 else t[part] for n, t in vars(i).items()})
+
+
+def with_parts(arguments: tuple[Any, ...], parts: int) -> tuple[Any, ...]:
+    """Statistics have no vector to take their number of parts from."""
+    return (*arguments, parts) if len(arguments) == 1 else arguments
+
+
+PARTED = [
+    ((4, 5, 3, 7), 2, torch.float32),
+    ((3, 65, 5, 3), 3, torch.float32),
+    ((6, 8, 3, 3), 3, torch.bfloat16),
+    ((2, 16, 1, 1), 2, torch.float32),
+    ((2, 3, 4, 5), 1, torch.float32),
+]
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize(("shape", "parts", "dtype"), PARTED, ids=str)
+@pytest.mark.parametrize("call", CALLS)
+def test_parts_are_calls_apart(
+    call: str, shape: tuple[int, ...], parts: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One launch for parts with vectors of their own, each part several tiles and a ragged one, is a call for each."""
+    for name, elements in (("STREAMED", 128), ("REDUCED", 64), ("POOLED", 64)):
+        monkeypatch.setattr(module, name, elements)
+    operator, arguments = CALLS[call]
+    given = inputs(shape, dtype, parts=parts)
+    results = module._as_tuple(operator.launch(*with_parts(arguments(given), parts)))
+    wide = module._as_tuple(operator.plain(*with_parts(arguments(given.wide()), parts)))
+    apart = [arguments(part_of(given.wide(), part, parts)) for part in range(parts)]
+    truths = [module._as_tuple(operator.plain(*each)) for each in apart]
+    scales = [magnitudes(operator, each) for each in apart]
+    for place, (got, reference) in enumerate(zip(results, wide, strict=True)):
+        join = torch.cat if got.dim() == 4 else lambda tensors: torch.stack(tensors, 1)
+        truth, scale = (join([each[place] for each in of]) for of in (truths, scales))
+        if got.dim() == 2:  # statistics of one part: (2, C)
+            truth, scale = truth[:, 0], scale[:, 0]
+        assert_close(f"{call} {place}, reference", reference, truth, scale, 10 * STORED[torch.float64])
+        if got.dtype == torch.uint8:
+            if dtype == torch.float32:
+                assert torch.equal(got, truth)
+            continue
+        stored = dtype if got.dim() == 4 or "add-reduce" in call else torch.float32
+        assert_close(f"{call} {place}", got, truth, scale * CUT_OFF.get(stored, 1), STORED[stored])
 
 
 @pytest.mark.gpu
@@ -577,53 +634,63 @@ def test_any_number_of_programs_gives_the_same_sums(call: str, programs: int, mo
 
 
 def first_and_last_tile(launch: Launch) -> Launch:
-    """Of a sweep over rows, the one program that takes the last tile; of a reduction, first and last tile."""
+    """Of a sweep over rows, the one program that takes the last tile; of a reduction, first and last tile; of parts, in
+    each."""
     *arguments, final = launch.arguments
     names = launch.kernel.arg_names
     if "programs" in names:
         tiles = launch.arguments[names.index("tiles")]
         assert isinstance(tiles, int)
-        return dataclasses.replace(launch, grid=(1,), arguments=(*arguments, tiles - 1))
-    return dataclasses.replace(launch, grid=(1,), arguments=(*arguments, final))
+        final = tiles - 1
+    return dataclasses.replace(launch, grid=(1, *launch.grid[1:]), arguments=(*arguments, final))
 
 
+@pytest.mark.parametrize("parts", [1, 2], ids=["one part", "two parts"])
 @pytest.mark.parametrize("call", ["statistics", "apply-two", "relu-reduce", "add-reduce-skip-two", "input-gradients"])
-def test_offsets_beyond_31_bits(call: str) -> None:
+def test_offsets_beyond_31_bits(call: str, parts: int) -> None:
     """The last tile of 2^31 and some elements; the interpreter runs that program alone, and touches no other page."""
-    channels, rows = 64, 2**25 + 40
+    channels, rows = 64, 2**25 + 40 * parts
     operator, arguments = CALLS[call]
     near = inputs((1, channels, 40, 1), torch.float16)
     tensors = {f.name: getattr(near, f.name) for f in dataclasses.fields(near)}
     with contextlib.ExitStack() as stack:
 
         def far(values: Tensor) -> Tensor:
-            """A tensor of ``rows`` rows, zero but for the last ones; (1, C, rows, 1)."""
+            """A tensor of ``rows`` rows, zero but for the last ones; (parts, C, rows / parts, 1)."""
             memory = stack.enter_context(far_apart(rows * channels, torch.float16, KERNEL_DEVICE))
-            tall = memory.view(1, rows, 1, channels).permute(0, 3, 1, 2)
-            tall[:, :, -values.shape[2] :] = values
+            tall = memory.view(parts, rows // parts, 1, channels).permute(0, 3, 1, 2)
+            tall[-1:, :, -values.shape[2] :] = values
             return tall
 
-        wide = Inputs(**{n: far(t) if t.dim() == 4 and n not in POOLED_NAMES else t for n, t in tensors.items()})
-        given = operator._whole(arguments(wide))
+        def like_no_other(vector: Tensor) -> Tensor:
+            """Of the first part other numbers."""
+            return vector if parts == 1 else torch.stack([vector + 1, vector])
+
+        wide = Inputs(
+            **{n: t if n in POOLED_NAMES else far(t) if t.dim() == 4 else like_no_other(t) for n, t in tensors.items()}
+        )
+        given = with_parts(arguments(wide), parts)
+        given = operator._whole(given)
+        many = dataclasses.replace(near, mean=wide.mean)
         made = tuple(
             far(torch.zeros_like(near.x)) if t.dim() == 4 else t
-            for t in operator.allocate(*operator._whole(arguments(near)))
+            for t in operator.allocate(*operator._whole(with_parts(arguments(many), parts)))
         )
         sweep, *_ = operator._plan(*given, *made)
         sweep = first_and_last_tile(sweep)
-        last = (rows - 1) // sweep.constants["BLOCK_R"] * sweep.constants["BLOCK_R"]
-        count = rows - last
+        count = (rows // parts - 1) % sweep.constants["BLOCK_R"] + 1
         sweep.run()
         ends = Inputs(**{n: t[:, :, -count:] if n in LARGE_NAMES else t for n, t in vars(near).items()})
         truths = module._as_tuple(operator.plain(*arguments(ends.wide())))
         for got, truth in zip(made, truths):
             if got.dim() == 4:
-                assert_close(call, got[:, :, -count:], truth, 1 + truth.abs().max(), STORED[torch.float16])
-                assert not got[:, :, -count - 40 : -count].any()
+                assert_close(call, got[-1:, :, -count:], truth, 1 + truth.abs().max(), STORED[torch.float16])
+                assert not got[-1:, :, -count - 40 : -count].any()
         if "programs" in sweep.kernel.arg_names:
             partial = sweep.arguments[sweep.kernel.arg_names.index("partial")]
             assert isinstance(partial, Tensor)
-            check_far_sums(call, partial[0], ends, sweep.constants["BLOCK_R"])
+            partial = partial[0] if parts == 1 else partial[0, :, 1]
+            check_far_sums(call, partial, ends, sweep.constants["BLOCK_R"])
 
 
 POOLED_NAMES = ("pooled", "pooled_skip", "choice")
@@ -699,8 +766,10 @@ def test_pool_offsets_beyond_31_bits(call: str) -> None:
 @pytest.mark.parametrize("call", CALLS)
 def test_opcheck(call: str, device: torch.device) -> None:
     operator, arguments = CALLS[call]
-    given = arguments(inputs((2, 6, 5, 4), torch.float32, device=device))
-    torch.library.opcheck(getattr(torch.ops.cast_kernels, operator.name).default, given)
+    for parts in (0, 2):
+        given = arguments(inputs((2, 6, 5, 4), torch.float32, device=device, parts=parts))
+        given = with_parts(given, parts) if parts else given
+        torch.library.opcheck(getattr(torch.ops.cast_kernels, operator.name).default, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=dtype_id)
@@ -775,6 +844,15 @@ H = torch.zeros(2, 3, 2, 2)
         (lambda k: k.batch_norm_statistics(X[..., :0]), "not empty"),
         (lambda k: k.batch_norm_statistics(X.int()), "x: got dtype torch.int32 on cpu"),
         (lambda k: k.batch_norm_apply(X[:0], V, V, V), "not empty"),
+        (lambda k: k.batch_norm_statistics(X, 3), r"parts: got 3 parts, expected a divisor of 2 \(samples\)"),
+        (lambda k: k.batch_norm_statistics(X, 0), "parts: got 0 parts"),
+        (lambda k: k.batch_norm_statistics(X[:1].expand(70000, 3, 4, 4), 70000), "at most 65535"),
+        (lambda k: k.batch_norm_apply(X, V.expand(3, 3), V, V), "mean: got 3 parts, expected a divisor of 2"),
+        (
+            lambda k: k.batch_norm_apply(X, V.expand(2, 3), V, V),
+            r"scale: got shape \(3,\), expected \(P, C\) = \(2, 3\)",
+        ),
+        (lambda k: k.batch_norm_apply(X, V, V.expand(2, 3), V), r"scale: got shape \(2, 3\), expected \(C,\) = \(3,\)"),
         (lambda k: k.batch_norm_apply(X, V[:2], V, V), r"mean: got shape \(2,\), expected \(C,\) = \(3,\)"),
         (lambda k: k.batch_norm_apply(X, V, V.double(), V), "scale: got dtype torch.float64, expected torch.float32"),
         (lambda k: k.batch_norm_apply(X.double(), V, V, V), "mean: got dtype torch.float32, expected torch.float64"),

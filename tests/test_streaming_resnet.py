@@ -20,6 +20,7 @@ from torchvision.models import resnet
 from cast_fast.data.batch import random_batch
 from cast_fast.encoder import build_encoder, build_trunk
 from cast_fast.forward import step_losses
+from cast_fast.split_batch_norm import split_batch_norm
 from cast_fast.streaming_resnet import Branches, StreamingBlock, StreamingTrunk
 from cast_fast.sync_batch_norm import synchronise_batch_norm
 
@@ -220,6 +221,61 @@ def run_block(module: nn.Module, x: Tensor, seed: int, *, autocast: bool) -> lis
     upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(y)
     dx, *rest = torch.autograd.grad(y, [x, *module.parameters()], upstream)
     return [y.detach(), dx, torch.cat([gradient.flatten() for gradient in rest])]
+
+
+# Parts with statistics of their own
+
+
+@pytest.mark.parametrize("kind", ["basic", "basic projecting", "bottleneck", "bottleneck projecting"])
+def test_parts_of_a_block_are_passes_one_after_the_other(kind: str) -> None:
+    """Three runs of two samples, an odd number of values a channel each; parameters' gradients are the sums."""
+    torch.manual_seed(0)
+    block = lively(BLOCKS[kind]()).double().to(memory_format=torch.channels_last).train()
+    channels = next(block.parameters()).shape[1]
+    twin = copy.deepcopy(block)
+    split_batch_norm(twin, passes=3)
+    streaming = StreamingBlock(twin, splits=False)
+    # Parts that differ: common statistics would be far off.
+    parts = [images_of(1, channels, 7, 5, seed=seed) * (1 + seed) + seed for seed in range(3)]
+    x = torch.cat(parts).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = streaming(x)
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad((y * upstream).sum(), [x, *streaming.parameters()])
+    leaves = [part.clone().requires_grad_() for part in parts]
+    outputs = [block(leaf) for leaf in leaves]
+    gradients = torch.autograd.grad(outputs, [*leaves, *block.parameters()], upstream.chunk(3))
+    assert error(y, torch.cat(outputs)) < EXACT
+    expected = [torch.cat(gradients[:3]), *gradients[3:]]
+    assert max(map(error, found, expected)) < EXACT
+    assert_same_statistics(streaming, block)
+
+
+@pytest.mark.parametrize(("groups", "passes"), [(2, 1), (2, 2), (1, 4), (1, 1)])
+def test_parts_of_a_trunk_are_those_of_torchs_modules(groups: int, passes: int) -> None:
+    """Four samples, up to a part for each; running statistics by the mean over the groups of a pass; as one graph."""
+    torch.manual_seed(0)
+    trunk = lively(small_resnet(resnet.BasicBlock, 1)).double().to(memory_format=torch.channels_last).train()
+    apart = copy.deepcopy(trunk)
+    split_batch_norm(trunk, groups, passes)
+    streaming = StreamingTrunk(copy.deepcopy(trunk))
+    x = images_of(4, 3, 41, 41)
+    _, found = traced(streaming, x)
+    y = trunk(x)
+    expected = [y, *torch.autograd.grad(y.square().sum(), list(trunk.parameters()))]
+    assert max(map(error, found, expected)) < 100 * EXACT
+    assert_same_statistics(streaming, trunk)
+    assert streaming.bn1.num_batches_tracked == 3 + passes
+    outputs = torch.cat([apart(part) for part in x.chunk(groups * passes)])
+    assert error(found[0], outputs) < EXACT
+
+
+def test_samples_that_the_parts_do_not_divide_are_refused() -> None:
+    block = resnet.BasicBlock(4, 4).train()
+    split_batch_norm(block, 2)
+    with pytest.raises(ValueError, match=r"parts: got 2 parts, expected a divisor of 3 \(samples\)"):
+        StreamingBlock(block)(torch.randn(3, 4, 5, 5))
+    with pytest.raises(ValueError, match="got one value a channel"):
+        StreamingBlock(block)(torch.randn(2, 4, 1, 1))
 
 
 # One graph

@@ -42,11 +42,11 @@ it is not zero in y, so a z that is positive but rounds to zero does not (in flo
 and lets the gradient pass, as in torch. In the pool the values are rounded before they are compared, so that ties are
 those of the rounded activations: values and choices are torch's to the bit.
 
+Parts. The samples may be P equal runs with statistics of their own, as if each were a batch. Everything that is said
+here to be (C,) is then (P, C), R is the number of rows of a part, and the launches are as many as for one part.
+
 Memory format: everything is channels-last. Other strides are copied once, by ordinary operations, before the operator.
 """
-
-# Triton's language is typed for its own compiler, not for a type checker.
-# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false, reportArgumentType=false
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from cast_kernels import batch_norm_kernels as kernels
 from cast_kernels import reference
 from cast_kernels.launch import Launch, check_kernel_dtype, check_same_device, check_shape, device_properties
 
@@ -76,598 +76,10 @@ REGISTERS = 168
 """Of a thread at most: three programs on a multiprocessor. The limit keeps the assembler from spilling for a fourth."""
 MAX_POOLED_PIXELS = 2**30
 """Largest N·H·W in front of the pool."""
+MAX_PARTS = 65_535
+"""CUDA's limit of a grid's second dimension."""
 VANISHES = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 0.0}
 """The largest number that is rounded to zero: half of the smallest subnormal, a tie that goes to even."""
-
-
-@triton.jit
-def _tile(start, rows, channels, first_channel, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Offsets of a tile from its first row, and which of them are there. 32 bits are enough from there on."""
-    row = tl.arange(0, BLOCK_R)
-    column = first_channel + tl.arange(0, BLOCK_C)
-    left = tl.minimum(rows - start, BLOCK_R).to(tl.int32)
-    offset = row[:, None] * channels + column[None, :]
-    return offset, (row < left)[:, None] & (column < channels)[None, :]
-
-
-@triton.jit
-def _vector(pointer, first_channel, channels, BLOCK_C: tl.constexpr):
-    column = first_channel + tl.arange(0, BLOCK_C)
-    return tl.load(pointer + column, mask=column < channels, other=0.0)[None, :]
-
-
-@triton.jit
-def _wide(pointer, offset, there):
-    return tl.load(pointer + offset, mask=there, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _preactivation(x, mean, scale, bias):
-    # Spelled out, so that forward and backward pass get the same bits whatever the compiler contracts.
-    return tl.fma(x - mean, scale, bias)
-
-
-@triton.jit
-def _relu(z):
-    # Not a maximum: NaN passes through, as in torch.
-    return tl.where(z <= 0.0, 0.0, z)
-
-
-@triton.jit
-def _statistics_kernel(
-    x,
-    partial,  # out (programs, 2, C): mean, and sum of squares of the deviations from it
-    rows,
-    channels,
-    tiles,
-    blocks,
-    programs,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """Every ``programs``-th tile of rows. Sums are of differences from the mean of the first of these tiles."""
-    program, first_channel = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_C
-    start = tl.cast(program, tl.int64) * BLOCK_R
-    offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-    value = _wide(x + start * channels, offset, there)
-    count = tl.minimum(rows - start, BLOCK_R).to(tl.float32)
-    shift = (tl.sum(value, 0) / count)[None, :]
-    first = tl.where(there, value - shift, 0.0)
-    second = first * first
-    for tile in tl.range(program + programs, tiles, programs, num_stages=STAGES):
-        start = tl.cast(tile, tl.int64) * BLOCK_R
-        offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-        value = _wide(x + start * channels, offset, there)
-        difference = tl.where(there, value - shift, 0.0)
-        first += difference
-        second += difference * difference
-        count += tl.minimum(rows - start, BLOCK_R).to(tl.float32)
-    total = tl.sum(first, 0)
-    mean = tl.sum(shift, 0) + total / count
-    squares = tl.sum(second, 0) - total * (total / count)
-    column = first_channel + tl.arange(0, BLOCK_C)
-    out = partial + program * 2 * channels + column
-    tl.store(out, mean, mask=column < channels)
-    tl.store(out + channels, squares, mask=column < channels)
-
-
-@triton.jit
-def _combine_statistics_kernel(
-    partial,
-    moments,  # out (2, C)
-    rows,
-    channels,
-    tiles,
-    programs,
-    BLOCK_R: tl.constexpr,  # of the sweep
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """Chan, Golub & LeVeque (1983): the squares of a union are those of its parts and of the parts' means."""
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = column < channels
-    anchor = tl.load(partial + column, mask=inside, other=0.0)[None, :]
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        there = (program < programs)[:, None] & inside[None, :]
-        count = _rows_of(program, rows, tiles, programs, BLOCK_R)[:, None]
-        mean = tl.load(partial + program[:, None] * 2 * channels + column[None, :], mask=there, other=0.0)
-        total += tl.where(there, count * (mean - anchor), 0.0)
-    centre = anchor + (tl.sum(total, 0) / rows)[None, :]
-    squares = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        there = (program < programs)[:, None] & inside[None, :]
-        count = _rows_of(program, rows, tiles, programs, BLOCK_R)[:, None]
-        place = partial + program[:, None] * 2 * channels + column[None, :]
-        distance = tl.load(place, mask=there, other=0.0) - centre
-        within = tl.load(place + channels, mask=there, other=0.0)
-        squares += tl.where(there, within + count * distance * distance, 0.0)
-    variance = tl.sum(squares, 0) / rows
-    tl.store(moments + column, tl.sum(centre, 0), mask=inside)
-    # Rounding can leave a constant channel a little below zero.
-    tl.store(moments + channels + column, tl.where(variance < 0.0, 0.0, variance), mask=inside)
-
-
-@triton.jit
-def _rows_of(program, rows, tiles, programs, BLOCK_R: tl.constexpr):
-    """How many rows a program of the sweep took."""
-    owned = (tiles - program + programs - 1) // programs
-    missing = tl.cast(tiles, tl.int64) * BLOCK_R - rows
-    last = (tiles - 1 - program) % programs == 0
-    return (owned * BLOCK_R).to(tl.float32) - tl.where(last, missing.to(tl.float32), 0.0)
-
-
-@triton.jit
-def _combine_sums_kernel(partial, sums, programs, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(programs, width) → (width,), in a fixed order."""
-    column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
-    for first in range(0, programs, BLOCK_P):
-        program = first + tl.arange(0, BLOCK_P)
-        there = (program < programs)[:, None] & (column < width)[None, :]
-        total += tl.load(partial + program[:, None] * width + column[None, :], mask=there, other=0.0)
-    tl.store(sums + column, tl.sum(total, 0), mask=column < width)
-
-
-@triton.jit
-def _apply_kernel(
-    x,
-    mean,
-    scale,
-    bias,
-    shortcut,  # none, (N, C, H, W), or one with a BatchNorm of its own: SHORTCUT = 0, 1, 2
-    shortcut_mean,
-    shortcut_scale,
-    shortcut_bias,
-    y,  # out
-    rows,
-    channels,
-    tiles,
-    blocks,
-    SHORTCUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    # From the end, here and in the other sweeps that follow a reduction: what that read last may still be in the L2.
-    start = (tiles - 1 - tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R
-    first_channel = tl.program_id(0) % blocks * BLOCK_C
-    offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-    base = start * channels
-    z = _preactivation(
-        _wide(x + base, offset, there),
-        _vector(mean, first_channel, channels, BLOCK_C),
-        _vector(scale, first_channel, channels, BLOCK_C),
-        _vector(bias, first_channel, channels, BLOCK_C),
-    )
-    if SHORTCUT == 1:
-        z += _wide(shortcut + base, offset, there)
-    if SHORTCUT == 2:
-        z += _preactivation(
-            _wide(shortcut + base, offset, there),
-            _vector(shortcut_mean, first_channel, channels, BLOCK_C),
-            _vector(shortcut_scale, first_channel, channels, BLOCK_C),
-            _vector(shortcut_bias, first_channel, channels, BLOCK_C),
-        )
-    tl.store(y + base + offset, _relu(z).to(y.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _relu_reduce_kernel(
-    dy,
-    x,
-    mean,
-    scale,
-    bias,
-    partial,  # out (programs, 2, C)
-    rows,
-    channels,
-    tiles,
-    blocks,
-    programs,
-    VANISHES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    program, first_channel = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_C
-    centre = _vector(mean, first_channel, channels, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, BLOCK_C)
-    level = _vector(bias, first_channel, channels, BLOCK_C)
-    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
-        start = tl.cast(tile, tl.int64) * BLOCK_R
-        offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-        value = _wide(x + start * channels, offset, there)
-        upstream = _wide(dy + start * channels, offset, there)
-        g = tl.where(_preactivation(value, centre, factor, level) <= VANISHES, 0.0, upstream)
-        first += g
-        second += g * (value - centre)
-    column = first_channel + tl.arange(0, BLOCK_C)
-    out = partial + program * 2 * channels + column
-    tl.store(out, tl.sum(first, 0), mask=column < channels)
-    tl.store(out + channels, tl.sum(second, 0), mask=column < channels)
-
-
-@triton.jit
-def _add_reduce_kernel(
-    dy,
-    dy_skip,
-    y,
-    x,
-    mean,
-    shortcut,
-    shortcut_mean,
-    g,  # out
-    partial,  # out (programs, 2 or 3, C)
-    rows,
-    channels,
-    tiles,
-    blocks,
-    programs,
-    SKIP: tl.constexpr,
-    SHORTCUT: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    program, first_channel = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_C
-    centre = _vector(mean, first_channel, channels, BLOCK_C)
-    if SHORTCUT:
-        shortcut_centre = _vector(shortcut_mean, first_channel, channels, BLOCK_C)
-    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    third = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in tl.range(program, tiles, programs, num_stages=STAGES):
-        start = tl.cast(tile, tl.int64) * BLOCK_R
-        offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-        base = start * channels
-        upstream = _wide(dy + base, offset, there)
-        if SKIP:
-            upstream += _wide(dy_skip + base, offset, there)
-        masked = tl.where(_wide(y + base, offset, there) <= 0.0, 0.0, upstream).to(g.dtype.element_ty)
-        tl.store(g + base + offset, masked, mask=there)
-        rounded = masked.to(tl.float32)
-        first += rounded
-        second += rounded * (_wide(x + base, offset, there) - centre)
-        if SHORTCUT:
-            third += rounded * (_wide(shortcut + base, offset, there) - shortcut_centre)
-    column = first_channel + tl.arange(0, BLOCK_C)
-    inside = column < channels
-    out = partial + program * (3 if SHORTCUT else 2) * channels + column
-    tl.store(out, tl.sum(first, 0), mask=inside)
-    tl.store(out + channels, tl.sum(second, 0), mask=inside)
-    if SHORTCUT:
-        tl.store(out + 2 * channels, tl.sum(third, 0), mask=inside)
-
-
-@triton.jit
-def _input_gradient_kernel(
-    dy,  # or g, masked already
-    x,
-    mean,
-    scale,
-    bias,
-    constant,
-    slope,
-    dx,  # out
-    rows,
-    channels,
-    tiles,
-    blocks,
-    MASKED: tl.constexpr,
-    VANISHES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    start = (tiles - 1 - tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R
-    first_channel = tl.program_id(0) % blocks * BLOCK_C
-    offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-    base = start * channels
-    value = _wide(x + base, offset, there)
-    g = _wide(dy + base, offset, there)
-    centre = _vector(mean, first_channel, channels, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, BLOCK_C)
-    if not MASKED:
-        level = _vector(bias, first_channel, channels, BLOCK_C)
-        g = tl.where(_preactivation(value, centre, factor, level) <= VANISHES, 0.0, g)
-    flat = _vector(constant, first_channel, channels, BLOCK_C)
-    tilt = _vector(slope, first_channel, channels, BLOCK_C)
-    gradient = factor * g - flat - tilt * (value - centre)
-    tl.store(dx + base + offset, gradient.to(dx.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _input_gradients_kernel(
-    g,
-    x,
-    mean,
-    scale,
-    constant,
-    slope,
-    shortcut,
-    shortcut_mean,
-    shortcut_scale,
-    shortcut_constant,
-    shortcut_slope,
-    dx,  # out
-    dshortcut,  # out
-    rows,
-    channels,
-    tiles,
-    blocks,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    start = (tiles - 1 - tl.program_id(0) // blocks).to(tl.int64) * BLOCK_R
-    first_channel = tl.program_id(0) % blocks * BLOCK_C
-    offset, there = _tile(start, rows, channels, first_channel, BLOCK_R, BLOCK_C)
-    base = start * channels
-    upstream = _wide(g + base, offset, there)
-    gradient = (
-        _vector(scale, first_channel, channels, BLOCK_C) * upstream
-        - _vector(constant, first_channel, channels, BLOCK_C)
-        - _vector(slope, first_channel, channels, BLOCK_C)
-        * (_wide(x + base, offset, there) - _vector(mean, first_channel, channels, BLOCK_C))
-    )
-    tl.store(dx + base + offset, gradient.to(dx.dtype.element_ty), mask=there)
-    gradient = (
-        _vector(shortcut_scale, first_channel, channels, BLOCK_C) * upstream
-        - _vector(shortcut_constant, first_channel, channels, BLOCK_C)
-        - _vector(shortcut_slope, first_channel, channels, BLOCK_C)
-        * (_wide(shortcut + base, offset, there) - _vector(shortcut_mean, first_channel, channels, BLOCK_C))
-    )
-    tl.store(dshortcut + base + offset, gradient.to(dshortcut.dtype.element_ty), mask=there)
-
-
-@triton.jit
-def _row_offset(row, channels, LONG: tl.constexpr):
-    """(R, 1), in 64 bits only where they are needed."""
-    if LONG:
-        row = row.to(tl.int64)
-    return row[:, None] * channels
-
-
-@triton.jit
-def _place(window, pooled_height, pooled_width):
-    """Sample, row and column of a window."""
-    line = window // pooled_width
-    sample = line // pooled_height
-    return sample, line - sample * pooled_height, window - line * pooled_width
-
-
-@triton.jit
-def _relu_pool_kernel(
-    x,
-    mean,
-    scale,
-    bias,
-    y,  # out
-    choice,  # out
-    windows,
-    channels,
-    height,
-    width,
-    pooled_height,
-    pooled_width,
-    tiles,
-    blocks,
-    LONG: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    first_channel = tl.program_id(0) % blocks * BLOCK_C
-    centre = _vector(mean, first_channel, channels, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, BLOCK_C)
-    level = _vector(bias, first_channel, channels, BLOCK_C)
-    window = (tiles - 1 - tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    sample, top, left = _place(window, pooled_height, pooled_width)
-    top, left = top * 2 - 1, left * 2 - 1
-    corner = (sample * height + top) * width + left
-    column = first_channel + tl.arange(0, BLOCK_C)
-    inside = (column < channels)[None, :]
-    # Below every value of a ReLU: a pixel outside is never chosen.
-    largest = tl.full((BLOCK_R, BLOCK_C), -1.0, tl.float32)
-    chosen = tl.zeros((BLOCK_R, BLOCK_C), tl.int32)
-    for tap in tl.static_range(9):
-        row, side = top + tap // 3, left + tap % 3
-        there = (window < windows) & (row >= 0) & (row < height) & (side >= 0) & (side < width)
-        there = there[:, None] & inside
-        pixel = corner + tap // 3 * width + tap % 3
-        value = _wide(x, _row_offset(pixel, channels, LONG) + column[None, :], there)
-        rounded = _relu(_preactivation(value, centre, factor, level)).to(y.dtype.element_ty).to(tl.float32)
-        # torch's rule: the first largest, the last NaN.
-        take = there & ((rounded > largest) | (rounded != rounded))
-        largest = tl.where(take, rounded, largest)
-        chosen = tl.where(take, tap, chosen)
-    place = _row_offset(window, channels, LONG) + column[None, :]
-    there = (window < windows)[:, None] & inside
-    tl.store(y + place, largest.to(y.dtype.element_ty), mask=there)
-    tl.store(choice + place, chosen.to(tl.uint8), mask=there)
-
-
-@triton.jit
-def _window(dy, dy_skip, choice, window, there, column, channels, SKIP: tl.constexpr, LONG: tl.constexpr):
-    """Gradient and choice of one window for each row of a tile."""
-    place = _row_offset(window, channels, LONG) + column[None, :]
-    upstream = _wide(dy, place, there)
-    if SKIP:
-        upstream += _wide(dy_skip, place, there)
-    return upstream, tl.load(choice + place, mask=there, other=255).to(tl.int32)
-
-
-@triton.jit
-def _gather(
-    dy,
-    dy_skip,
-    choice,
-    window,
-    windows,
-    row,
-    side,
-    channels,
-    first_channel,
-    pooled_height,
-    pooled_width,
-    BLOCK_C: tl.constexpr,
-    SKIP: tl.constexpr,
-    LONG: tl.constexpr,
-):
-    """Gradients of the 2x2 pixels around the centre of each window and right and below of it.
-
-    The centre lies in that window alone, its neighbours in two each, and the last in four. Summed as torch does.
-    """
-    column = first_channel + tl.arange(0, BLOCK_C)
-    inside = (column < channels)[None, :]
-    here = window < windows
-    right = here & (side + 1 < pooled_width)
-    below = here & (row + 1 < pooled_height)
-    upstream, tap = _window(dy, dy_skip, choice, window, here[:, None] & inside, column, channels, SKIP, LONG)
-    g00 = tl.where(tap == 4, upstream, 0.0)
-    g01 = tl.where(tap == 5, upstream, 0.0)
-    g10 = tl.where(tap == 7, upstream, 0.0)
-    g11 = tl.where(tap == 8, upstream, 0.0)
-    upstream, tap = _window(dy, dy_skip, choice, window + 1, right[:, None] & inside, column, channels, SKIP, LONG)
-    g01 += tl.where(tap == 3, upstream, 0.0)
-    g11 += tl.where(tap == 6, upstream, 0.0)
-    under = window + pooled_width
-    upstream, tap = _window(dy, dy_skip, choice, under, below[:, None] & inside, column, channels, SKIP, LONG)
-    g10 += tl.where(tap == 1, upstream, 0.0)
-    g11 += tl.where(tap == 2, upstream, 0.0)
-    both = (right & below)[:, None] & inside
-    upstream, tap = _window(dy, dy_skip, choice, under + 1, both, column, channels, SKIP, LONG)
-    g11 += tl.where(tap == 0, upstream, 0.0)
-    return g00, g01, g10, g11
-
-
-@triton.jit
-def _relu_pool_reduce_kernel(
-    dy,
-    dy_skip,
-    choice,
-    x,
-    mean,
-    scale,
-    bias,
-    partial,  # out (programs, 2, C)
-    windows,
-    channels,
-    height,
-    width,
-    pooled_height,
-    pooled_width,
-    tiles,
-    blocks,
-    programs,
-    SKIP: tl.constexpr,
-    LONG: tl.constexpr,
-    VANISHES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    program, first_channel = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_C
-    column = first_channel + tl.arange(0, BLOCK_C)
-    inside = column < channels
-    centre = _vector(mean, first_channel, channels, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, BLOCK_C)
-    level = _vector(bias, first_channel, channels, BLOCK_C)
-    first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
-    for tile in range(program, tiles, programs):
-        window = tile * BLOCK_R + tl.arange(0, BLOCK_R)
-        sample, row, side = _place(window, pooled_height, pooled_width)
-        gradients = _gather(
-            dy,
-            dy_skip,
-            choice,
-            window,
-            windows,
-            row,
-            side,
-            channels,
-            first_channel,
-            pooled_height,
-            pooled_width,
-            BLOCK_C,
-            SKIP,
-            LONG,
-        )
-        for place in tl.static_range(4):
-            down, across = row * 2 + place // 2, side * 2 + place % 2
-            there = ((window < windows) & (down < height) & (across < width))[:, None] & inside[None, :]
-            pixel = (sample * height + down) * width + across
-            difference = _wide(x, _row_offset(pixel, channels, LONG) + column[None, :], there) - centre
-            g = tl.where(tl.fma(difference, factor, level) <= VANISHES, 0.0, gradients[place])
-            first += g
-            second += g * difference
-    out = partial + program * 2 * channels + column
-    tl.store(out, tl.sum(first, 0), mask=inside)
-    tl.store(out + channels, tl.sum(second, 0), mask=inside)
-
-
-@triton.jit
-def _relu_pool_input_gradient_kernel(
-    dy,
-    dy_skip,
-    choice,
-    x,
-    mean,
-    scale,
-    bias,
-    constant,
-    slope,
-    dx,  # out
-    windows,
-    channels,
-    height,
-    width,
-    pooled_height,
-    pooled_width,
-    tiles,
-    blocks,
-    SKIP: tl.constexpr,
-    LONG: tl.constexpr,
-    VANISHES: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    first_channel = tl.program_id(0) % blocks * BLOCK_C
-    column = first_channel + tl.arange(0, BLOCK_C)
-    centre = _vector(mean, first_channel, channels, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, BLOCK_C)
-    level = _vector(bias, first_channel, channels, BLOCK_C)
-    flat = _vector(constant, first_channel, channels, BLOCK_C)
-    tilt = _vector(slope, first_channel, channels, BLOCK_C)
-    window = (tiles - 1 - tl.program_id(0) // blocks) * BLOCK_R + tl.arange(0, BLOCK_R)
-    sample, row, side = _place(window, pooled_height, pooled_width)
-    gradients = _gather(
-        dy,
-        dy_skip,
-        choice,
-        window,
-        windows,
-        row,
-        side,
-        channels,
-        first_channel,
-        pooled_height,
-        pooled_width,
-        BLOCK_C,
-        SKIP,
-        LONG,
-    )
-    for place in tl.static_range(4):
-        down, across = row * 2 + place // 2, side * 2 + place % 2
-        there = ((window < windows) & (down < height) & (across < width))[:, None] & (column < channels)[None, :]
-        pixel = (sample * height + down) * width + across
-        offset = _row_offset(pixel, channels, LONG) + column[None, :]
-        value = _wide(x, offset, there)
-        g = tl.where(_preactivation(value, centre, factor, level) <= VANISHES, 0.0, gradients[place])
-        gradient = factor * g - flat - tilt * (value - centre)
-        tl.store(dx + offset, gradient.to(dx.dtype.element_ty), mask=there)
 
 
 def _activations(like: Tensor, height: int | None = None, width: int | None = None, dtype: Any = None) -> Tensor:
@@ -678,9 +90,19 @@ def _activations(like: Tensor, height: int | None = None, width: int | None = No
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
-def _vectors(like: Tensor, count: int) -> Tensor:
-    """Empty (count, C), float32 or wider."""
-    return torch.empty((count, like.shape[1]), dtype=reference.wide_dtype(like), device=like.device)
+def _moments(x: Tensor, parts: int) -> Tensor:
+    """Empty (2, C), or (2, parts, C)."""
+    shape = (2, x.shape[1]) if parts == 1 else (2, parts, x.shape[1])
+    return torch.empty(shape, dtype=reference.wide_dtype(x), device=x.device)
+
+
+def _sums(mean: Tensor, count: int) -> Tensor:
+    """Empty, ``count`` vectors like ``mean``."""
+    return torch.empty((count, *mean.shape), dtype=mean.dtype, device=mean.device)
+
+
+def _parts(mean: Tensor) -> int:
+    return 1 if mean.dim() == 1 else mean.shape[0]
 
 
 def _as_tuple(value: Any) -> tuple[Tensor, ...]:
@@ -694,6 +116,7 @@ def _pooled(x: Tensor) -> tuple[int, int]:
 def _sweep(
     kernel: Any,
     x: Tensor,
+    parts: int,
     arguments: tuple[Tensor, ...],
     elements: int,
     pooled: bool = False,
@@ -701,13 +124,14 @@ def _sweep(
     **constants: Any,
 ) -> Launch:
     """A launch with one program a tile of ``elements``: of rows of x, or of windows of the pool."""
-    grid, sizes, constants = _sizes(x, elements, pooled, constants)
+    grid, sizes, constants = _sizes(x, parts, elements, pooled, constants)
     return Launch(kernel, grid, (*arguments, *sizes), constants, WARPS, max_registers=registers)
 
 
 def _reduction(
     kernel: Any,
     x: Tensor,
+    parts: int,
     arguments: tuple[Tensor, ...],
     sums: Tensor,
     elements: int,
@@ -715,46 +139,47 @@ def _reduction(
     **constants: Any,
 ) -> list[Launch]:
     """A sweep by as many programs as keep the GPU busy, and the launch that combines what they leave in a buffer."""
-    _, sizes, constants = _sizes(x, elements, pooled, constants)
-    rows, channels, *_, tiles, blocks = sizes
+    _, sizes, constants = _sizes(x, parts, elements, pooled, constants)
+    rows, *_, tiles, blocks = sizes
     # Rounded down: one program more than fit would double the time.
-    programs = max(1, min(tiles, RESIDENT * device_properties(x.device)[1] // blocks))
+    programs = max(1, min(tiles, RESIDENT * device_properties(x.device)[1] // (blocks * parts)))
     partial = torch.empty((programs, *sums.shape), dtype=torch.float32, device=x.device)
     given = (*arguments, partial, *sizes, programs)
-    # That of the pool needs more where C is no multiple of 8.
-    registers = None if pooled else REGISTERS
-    sweep = Launch(kernel, (programs * blocks,), given, constants, WARPS, max_registers=registers)
+    # That of the pool needs more where C is no multiple of 8, and does not spill with one part.
+    registers = None if pooled and (parts == 1 or x.shape[1] % 8) else REGISTERS
+    sweep = Launch(kernel, (programs * blocks, parts), given, constants, WARPS, max_registers=registers)
     block = {"BLOCK_P": COMBINED, "BLOCK_C": 16}
-    if kernel is _statistics_kernel:
+    if kernel is kernels._statistics_kernel:
         block["BLOCK_R"] = constants["BLOCK_R"]
-        grid = (triton.cdiv(channels, 16),)
-        given = (partial, sums, rows, channels, tiles, programs)
-        return [sweep, Launch(_combine_statistics_kernel, grid, given, block, WARPS)]
+        width = parts * x.shape[1]
+        grid = (triton.cdiv(width, 16),)
+        given = (partial, sums, rows, width, tiles, programs)
+        return [sweep, Launch(kernels._combine_statistics_kernel, grid, given, block, WARPS)]
     given = (partial, sums, programs, sums.numel())
-    return [sweep, Launch(_combine_sums_kernel, (triton.cdiv(sums.numel(), 16),), given, block, WARPS)]
+    return [sweep, Launch(kernels._combine_sums_kernel, (triton.cdiv(sums.numel(), 16),), given, block, WARPS)]
 
 
 def _sizes(
-    x: Tensor, elements: int, pooled: bool, constants: dict[str, Any]
-) -> tuple[tuple[int], tuple[int, ...], dict[str, Any]]:
-    """Grid, run-time sizes and constants of a sweep."""
+    x: Tensor, parts: int, elements: int, pooled: bool, constants: dict[str, Any]
+) -> tuple[tuple[int, int], tuple[int, ...], dict[str, Any]]:
+    """Grid, run-time sizes (of a part) and constants of a sweep."""
     channels = x.shape[1]
-    rows = x.numel() // channels
+    rows = x.numel() // channels // parts
     sizes: tuple[int, ...] = ()
     if pooled:
         height, width = _pooled(x)
         sizes = (*x.shape[2:], height, width)
         constants = {**constants, "LONG": x.numel() >= 2**31}
-        rows = x.shape[0] * height * width
+        rows = x.shape[0] // parts * height * width
     block_c = min(triton.next_power_of_2(channels), WIDEST)
     block_r = elements // block_c
     tiles, blocks = triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)
-    constants = {**constants, "BLOCK_R": block_r, "BLOCK_C": block_c}
-    return (tiles * blocks,), (rows, channels, *sizes, tiles, blocks), constants
+    constants = {**constants, "MANY": parts > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
+    return (tiles * blocks, parts), (rows, channels, *sizes, tiles, blocks), constants
 
 
-def _plan_statistics(x: Tensor, moments: Tensor) -> list[Launch]:
-    return _reduction(_statistics_kernel, x, (x,), moments, REDUCED, STAGES=5)
+def _plan_statistics(x: Tensor, parts: int, moments: Tensor) -> list[Launch]:
+    return _reduction(kernels._statistics_kernel, x, parts, (x,), moments, REDUCED, STAGES=5)
 
 
 def _plan_apply(
@@ -763,18 +188,19 @@ def _plan_apply(
     *others, y = rest
     kind = 0 if shortcut is None else 1 if others[0] is None else 2
     # What a kernel does not read is any pointer.
-    given = tuple(x if tensor is None else tensor for tensor in (shortcut, *others))
-    return [_sweep(_apply_kernel, x, (x, mean, scale, bias, *given, y), STREAMED, SHORTCUT=kind)]
+    given = [x if tensor is None else tensor for tensor in (shortcut, *others, y)]
+    return [_sweep(kernels._apply_kernel, x, _parts(mean), (x, mean, scale, bias, *given), STREAMED, SHORTCUT=kind)]
 
 
 def _plan_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> list[Launch]:
     constants = {"VANISHES": VANISHES[x.dtype], "STAGES": 3}
-    return _reduction(_relu_reduce_kernel, x, (dy, x, mean, scale, bias), sums, REDUCED, **constants)
+    arguments = (dy, x, mean, scale, bias)
+    return _reduction(kernels._relu_reduce_kernel, x, _parts(mean), arguments, sums, REDUCED, **constants)
 
 
-def _plan_relu_input_gradient(dy: Tensor, x: Tensor, *rest: Tensor) -> list[Launch]:
+def _plan_relu_input_gradient(dy: Tensor, x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
     constants = {"MASKED": False, "VANISHES": VANISHES[x.dtype]}
-    return [_sweep(_input_gradient_kernel, x, (dy, x, *rest), STREAMED, **constants)]
+    return [_sweep(kernels._input_gradient_kernel, x, _parts(mean), (dy, x, mean, *rest), STREAMED, **constants)]
 
 
 def _plan_add_reduce(
@@ -791,7 +217,7 @@ def _plan_add_reduce(
     given = (dy, dy if dy_skip is None else dy_skip, y, x, mean)
     given += (x, mean) if shortcut is None or shortcut_mean is None else (shortcut, shortcut_mean)
     constants = {"SKIP": dy_skip is not None, "SHORTCUT": shortcut is not None, "STAGES": 3}
-    return _reduction(_add_reduce_kernel, x, (*given, g), sums, REDUCED, **constants)
+    return _reduction(kernels._add_reduce_kernel, x, _parts(mean), (*given, g), sums, REDUCED, **constants)
 
 
 def _plan_input_gradient(
@@ -799,34 +225,34 @@ def _plan_input_gradient(
 ) -> list[Launch]:
     constants = {"MASKED": True, "VANISHES": 0.0}
     arguments = (g, x, mean, scale, scale, constant, slope, dx)
-    return [_sweep(_input_gradient_kernel, x, arguments, STREAMED, **constants)]
+    return [_sweep(kernels._input_gradient_kernel, x, _parts(mean), arguments, STREAMED, **constants)]
 
 
-def _plan_input_gradients(g: Tensor, x: Tensor, *rest: Tensor) -> list[Launch]:
-    return [_sweep(_input_gradients_kernel, x, (g, x, *rest), STREAMED)]
+def _plan_input_gradients(g: Tensor, x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
+    return [_sweep(kernels._input_gradients_kernel, x, _parts(mean), (g, x, mean, *rest), STREAMED)]
 
 
-def _plan_relu_pool(x: Tensor, *rest: Tensor) -> list[Launch]:
+def _plan_relu_pool(x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
     # With narrow loads it is the limit that makes the assembler spill.
     registers = None if x.shape[1] % 8 else REGISTERS
-    return [_sweep(_relu_pool_kernel, x, (x, *rest), POOLED, True, registers)]
+    return [_sweep(kernels._relu_pool_kernel, x, _parts(mean), (x, mean, *rest), POOLED, True, registers)]
 
 
 def _plan_relu_pool_reduce(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, *rest: Tensor
+    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, *rest: Tensor
 ) -> list[Launch]:
     *vectors, sums = rest
     constants = {"SKIP": dy_skip is not None, "VANISHES": VANISHES[x.dtype]}
-    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, *vectors)
-    return _reduction(_relu_pool_reduce_kernel, x, arguments, sums, POOLED, True, **constants)
+    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, mean, *vectors)
+    return _reduction(kernels._relu_pool_reduce_kernel, x, _parts(mean), arguments, sums, POOLED, True, **constants)
 
 
 def _plan_relu_pool_input_gradient(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, *rest: Tensor
+    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, *rest: Tensor
 ) -> list[Launch]:
     constants = {"SKIP": dy_skip is not None, "VANISHES": VANISHES[x.dtype]}
-    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, *rest)
-    return [_sweep(_relu_pool_input_gradient_kernel, x, arguments, POOLED, True, **constants)]
+    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, mean, *rest)
+    return [_sweep(kernels._relu_pool_input_gradient_kernel, x, _parts(mean), arguments, POOLED, True, **constants)]
 
 
 class _Operator:
@@ -888,15 +314,15 @@ class _Operator:
         return (*arguments, *self._defaults[len(arguments) :])
 
 
-_statistics = _Operator(reference.batch_norm_statistics, lambda x: (_vectors(x, 2),), _plan_statistics)
+_statistics = _Operator(reference.batch_norm_statistics, lambda x, parts: (_moments(x, parts),), _plan_statistics)
 _apply = _Operator(reference.batch_norm_apply, lambda x, *_: (_activations(x),), _plan_apply)
-_relu_reduce = _Operator(reference.batch_norm_relu_reduce, lambda dy, x, *_: (_vectors(x, 2),), _plan_relu_reduce)
+_relu_reduce = _Operator(reference.batch_norm_relu_reduce, lambda dy, x, mean, *_: (_sums(mean, 2),), _plan_relu_reduce)
 _relu_input_gradient = _Operator(
     reference.batch_norm_relu_input_gradient, lambda dy, x, *_: (_activations(x),), _plan_relu_input_gradient
 )
 _add_reduce = _Operator(
     reference.batch_norm_add_reduce,
-    lambda dy, dy_skip, y, x, mean, shortcut, _: (_activations(x), _vectors(x, 2 if shortcut is None else 3)),
+    lambda dy, dy_skip, y, x, mean, shortcut, _: (_activations(x), _sums(mean, 2 if shortcut is None else 3)),
     _plan_add_reduce,
 )
 _input_gradient = _Operator(
@@ -911,7 +337,9 @@ _relu_pool = _Operator(
     _plan_relu_pool,
 )
 _relu_pool_reduce = _Operator(
-    reference.batch_norm_relu_pool_reduce, lambda dy, dy_skip, choice, x, *_: (_vectors(x, 2),), _plan_relu_pool_reduce
+    reference.batch_norm_relu_pool_reduce,
+    lambda dy, dy_skip, choice, x, mean, *_: (_sums(mean, 2),),
+    _plan_relu_pool_reduce,
 )
 _relu_pool_input_gradient = _Operator(
     reference.batch_norm_relu_pool_input_gradient,
@@ -921,7 +349,7 @@ _relu_pool_input_gradient = _Operator(
 
 
 def _check(x: Tensor, maps: Mapping[str, Tensor | None], vectors: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError unless x is what the operators take, ``maps`` are like x and ``vectors`` are (C,)."""
+    """Raise ValueError unless x is what the operators take, ``maps`` are like x and ``vectors`` (C,) or (P, C)."""
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, C, H, W), not empty")
     check_kernel_dtype("x", x)
@@ -929,11 +357,23 @@ def _check(x: Tensor, maps: Mapping[str, Tensor | None], vectors: Mapping[str, T
         if tensor is not None:
             check_shape(name, tensor, tuple(x.shape), "(N, C, H, W)")
             _check_dtype(name, tensor, x.dtype)
+    shape, meaning = (x.shape[1],), "(C,)"
+    name, first = next(iter(vectors.items()), ("", None))
+    if first is not None and first.dim() == 2:
+        _check_parts(name, first.shape[0], x)
+        shape, meaning = (first.shape[0], x.shape[1]), "(P, C)"
     for name, tensor in vectors.items():
         if tensor is not None:
-            check_shape(name, tensor, (x.shape[1],), "(C,)")
+            check_shape(name, tensor, shape, meaning)
             _check_dtype(name, tensor, reference.wide_dtype(x))
     check_same_device("x", x, **maps, **vectors)
+
+
+def _check_parts(name: str, parts: int, x: Tensor) -> None:
+    if not 1 <= parts <= MAX_PARTS or x.shape[0] % parts:
+        raise ValueError(
+            f"{name}: got {parts} parts, expected a divisor of {x.shape[0]} (samples), at most {MAX_PARTS}"
+        )
 
 
 def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
@@ -968,25 +408,28 @@ def _together(first: tuple[str, Tensor | None], **others: Tensor | None) -> None
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
     """Activations in channels-last memory and vectors without gaps; what is so already, as it is."""
-    formats = {4: torch.channels_last, 1: torch.contiguous_format}
-    return [None if t is None else t.contiguous(memory_format=formats[t.dim()]) for t in tensors]
+    formats = (torch.contiguous_format, torch.channels_last)
+    return [None if t is None else t.contiguous(memory_format=formats[t.dim() == 4]) for t in tensors]
 
 
-def batch_norm_statistics(x: Tensor) -> Tensor:
+def batch_norm_statistics(x: Tensor, parts: int = 1) -> Tensor:
     """Mean and biased variance of every channel.
 
     Args:
         x: (N, C, H, W), not empty, bfloat16, float16 or float32; on the CPU also float64.
+        parts: P, how many equal runs of samples have statistics of their own; a divisor of N, at most 65,535.
 
     Returns:
-        (2, C) float32 (float64 for float64): mean and variance over N, H, W. Accurate also where the mean is large
-        against the deviation: sums are taken of differences from a value near the mean (Chan, Golub & LeVeque, 1983).
+        (2, C), or (2, P, C) for more than one part, float32 (float64 for float64): mean and variance over N / P, H, W.
+        Accurate also where the mean is large against the deviation: sums are taken of differences from a value near
+        the mean (Chan, Golub & LeVeque, 1983).
 
     Raises:
-        ValueError: for a shape or type that does not fit.
+        ValueError: for a shape or type that does not fit, or a P that does not divide N.
     """
     _check(x, {}, {})
-    return _statistics(*_dense(x))
+    _check_parts("parts", parts, x)
+    return _statistics(*_dense(x), parts)
 
 
 def batch_norm_apply(
@@ -1003,7 +446,8 @@ def batch_norm_apply(
 
     Args:
         x: (N, C, H, W) as in ``batch_norm_statistics``.
-        mean, scale, bias: (C,) float32 (float64 with float64); scale is weight / sqrt(variance + eps).
+        mean, scale, bias: (C,) float32 (float64 with float64), or (P, C) of P parts, as then all vectors are; scale is
+            weight / sqrt(variance + eps).
         shortcut: like x.
         shortcut_mean, shortcut_scale, shortcut_bias: (C,) each, where the shortcut has a BatchNorm of its own.
 
@@ -1029,8 +473,8 @@ def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, b
         x, mean, scale, bias: as there.
 
     Returns:
-        (2, C) float32 (float64 for float64): the sums over N, H, W of g and of g (x - mean), where g is dy wherever
-        the output is not zero, and zero elsewhere.
+        (2, C), or (2, P, C), float32 (float64 for float64): the sums over N, H, W of g and of g (x - mean), where g is
+        dy wherever the output is not zero, and zero elsewhere.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.
@@ -1080,7 +524,7 @@ def batch_norm_add_reduce(
     Returns:
         g (N, C, H, W) in the dtype of x, channels-last: ``dy + dy_skip`` wherever y is not zero; it is the gradient of
         the shortcut as well. And its sums, float32 (float64 for float64): of g, of g (x - mean) and, where a shortcut
-        is given, of g (shortcut - shortcut_mean); (2, C) or (3, C).
+        is given, of g (shortcut - shortcut_mean); (2, C) or (3, C), or with P between.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.
@@ -1173,8 +617,8 @@ def batch_norm_relu_pool_reduce(
         x, mean, scale, bias: as there.
 
     Returns:
-        (2, C) float32 (float64 for float64): the sums of g and of g (x - mean), where g of a pixel is the sum over the
-        at most four windows that chose it, and zero where the ReLU is; not rounded.
+        (2, C), or (2, P, C), float32 (float64 for float64): the sums of g and of g (x - mean), where g of a pixel is
+        the sum over the at most four windows that chose it, and zero where the ReLU is; not rounded.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.

@@ -266,9 +266,17 @@ def _rounded(tensor: Tensor, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
     return exact + (exact.detach().to(narrow).to(wide) - exact.detach())
 
 
-def batch_norm_statistics(x: Tensor) -> Tensor:
-    """Mean and biased variance of every channel, (2, C); x is (N, C, H, W). What BatchNorm subtracts and divides by."""
-    variance, mean = torch.var_mean(x.to(wide_dtype(x)), (0, 2, 3), correction=0)
+def batch_norm_statistics(x: Tensor, parts: int = 1) -> Tensor:
+    """Mean and biased variance of every channel, which BatchNorm subtracts and divides by.
+
+    x is (N, C, H, W). Of ``parts`` equal runs of samples each has its own: (2, C), or (2, parts, C) for more than one.
+    In all functions below vectors are (C,), or (parts, C) likewise, and so are the vectors that they return.
+    """
+    wide = x.to(wide_dtype(x))
+    if parts > 1:
+        variance, mean = torch.var_mean(wide.unflatten(0, (parts, -1)), (1, 3, 4), correction=0)
+    else:
+        variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
     return torch.stack([mean, variance])
 
 
@@ -295,10 +303,11 @@ def batch_norm_apply(
     Returns:
         y (N, C, H, W) in the dtype of x.
     """
-    z = _centred(x, mean) * _by_channel(scale) + _by_channel(bias)
+    z = _centred(x, mean) * _by_channel(scale, x) + _by_channel(bias, x)
     if shortcut is not None and shortcut_mean is not None:
         assert shortcut_scale is not None and shortcut_bias is not None
-        z = z + (_centred(shortcut, shortcut_mean) * _by_channel(shortcut_scale) + _by_channel(shortcut_bias))
+        normalised = _centred(shortcut, shortcut_mean) * _by_channel(shortcut_scale, x)
+        z = z + (normalised + _by_channel(shortcut_bias, x))
     elif shortcut is not None:
         z = z + shortcut.to(z.dtype)
     return torch.where(z <= 0, 0, z).to(x.dtype)
@@ -306,7 +315,7 @@ def batch_norm_apply(
 
 def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Sums over N, H, W of g and of g (x - mean), (2, C), where g is dy wherever ``batch_norm_apply`` is not zero."""
-    return _sums(_masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias)), _centred(x, mean))
+    return _sums(mean, _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias)), _centred(x, mean))
 
 
 def batch_norm_relu_input_gradient(
@@ -346,7 +355,7 @@ def batch_norm_add_reduce(
     factors = [_centred(x, mean)]
     if shortcut is not None and shortcut_mean is not None:
         factors.append(_centred(shortcut, shortcut_mean))
-    return g, _sums(g.to(mean.dtype), *factors)
+    return g, _sums(mean, g.to(mean.dtype), *factors)
 
 
 def batch_norm_input_gradient(
@@ -400,7 +409,7 @@ def batch_norm_relu_pool_reduce(
 
     dy, dy_skip and choice have the shape of the pool's output. Nothing is rounded in between.
     """
-    return _sums(_unpooled(dy, dy_skip, choice, x, mean, scale, bias), _centred(x, mean))
+    return _sums(mean, _unpooled(dy, dy_skip, choice, x, mean, scale, bias), _centred(x, mean))
 
 
 def batch_norm_relu_pool_input_gradient(
@@ -419,12 +428,15 @@ def batch_norm_relu_pool_input_gradient(
     return _input_gradient(g, _centred(x, mean), scale, constant, slope).to(x.dtype)
 
 
-def _by_channel(vector: Tensor) -> Tensor:
-    return vector[:, None, None]
+def _by_channel(vector: Tensor, x: Tensor) -> Tensor:
+    """(C,) or (P, C) in a shape that broadcasts over x, (N, C, H, W)."""
+    if vector.dim() == 1:
+        return vector[:, None, None]
+    return vector.repeat_interleave(x.shape[0] // vector.shape[0], 0)[:, :, None, None]
 
 
 def _centred(x: Tensor, mean: Tensor) -> Tensor:
-    return x.to(mean.dtype) - _by_channel(mean)
+    return x.to(mean.dtype) - _by_channel(mean, x)
 
 
 def _joined(dy: Tensor, dy_skip: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -436,12 +448,16 @@ def _masked(g: Tensor, y: Tensor) -> Tensor:
     return torch.where(y <= 0, 0, g)
 
 
-def _sums(g: Tensor, *factors: Tensor) -> Tensor:
-    return torch.stack([g.sum((0, 2, 3)), *((g * factor).sum((0, 2, 3)) for factor in factors)])
+def _sums(mean: Tensor, g: Tensor, *factors: Tensor) -> Tensor:
+    """Sums of g and of its products, stacked, each like ``mean``."""
+    terms = [g, *(g * factor for factor in factors)]
+    if mean.dim() == 1:
+        return torch.stack([term.sum((0, 2, 3)) for term in terms])
+    return torch.stack([term.unflatten(0, (mean.shape[0], -1)).sum((1, 3, 4)) for term in terms])
 
 
 def _input_gradient(g: Tensor, centred: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    return _by_channel(scale) * g - _by_channel(constant) - _by_channel(slope) * centred
+    return _by_channel(scale, g) * g - _by_channel(constant, g) - _by_channel(slope, g) * centred
 
 
 def _unpooled(
