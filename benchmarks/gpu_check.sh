@@ -5,13 +5,29 @@
 #
 # Each phase keeps its files and its log in OUTDIR/PHASE and writes OUTDIR/PHASE/status when it has ended; a later call
 # with the same OUTDIR skips what has ended and goes on. A phase cut off by the end of the call is started again by the
-# next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz holds the small files of all.
+# next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz holds the small files of all: unpack
+# it into OUTDIR to go on elsewhere.
+#
+# A GPU for half an hour: the same call three times on the same machine, which keeps OUTDIR and the compilers' caches
+# (both lie outside of the tree), and after each bring home OUTDIR/report.md and OUTDIR/gpu_check.tar.gz.
+#   1. environment, ladder-256, tests: whether it works, and nearly every figure that the goals are stated for.
+#   2. kernels, profiles, sanitizers.
+#   3. with DALI on PYTHONPATH: end-to-end, native, loader; then the other batches and the largest.
+# Goals in images a second are stated for an H200. A tree without its .git needs CAST_FAST_COMMIT. Where nothing can be
+# downloaded and a call carries little, bring DALI along in parts (.wheels/ is ignored by git): at home
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels \
+#     nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 \
+#     nvidia-libnvcomp-cu13 && mkdir -p .wheels && tar -C wheels -c . | split -b 45M - .wheels/part-
+# one part a call: cat .wheels/part-* >>/tmp/wheels.tar; after the last, in order:
+#   tar -C /tmp -xf /tmp/wheels.tar && pip install --no-index --no-deps --target /tmp/site /tmp/*.whl
+# and PYTHONPATH=/tmp/site for gpu_check.sh.
 #
 # Needs a CUDA device and a Python (3.10 or later) with torch, Triton, torchvision (and so Pillow), NumPy, rich and
-# matplotlib. Phases that need more are skipped where it is missing, and say so: tests needs pytest, hypothesis and
-# OpenCV, native these and DALI, loader OpenCV and DALI. Without timm, safetensors or tensorboard, tests leaves out the
-# files that import them. Installs nothing and uses no network. PYTHON names the interpreter; CAST_FAST_COMMIT names the
-# commit where the tree was copied without its .git; GPU_CHECK_SECONDS (530) is the length of a call.
+# matplotlib. Phases that need more are skipped where it is missing, and say so: tests needs pytest, pytest-timeout,
+# hypothesis and OpenCV, native these and DALI, end-to-end and loader OpenCV and DALI. Without timm, safetensors or
+# tensorboard, tests leaves out the files that import them. Installs nothing and uses no network. PYTHON names the
+# interpreter; CAST_FAST_COMMIT names the commit where the tree was copied without its .git; GPU_CHECK_SECONDS (530) is
+# the length of a call; TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR are obeyed.
 #
 # Exit code: 0 all phases have ended well, 1 all have ended and some failed, 2 wrong use, no CUDA device or a missing
 # package without which no phase runs, 75 phases are left for the next call.
@@ -22,22 +38,23 @@ fail() { printf 'gpu_check.sh: error: %s\n' "$1" >&2; exit 2; }
 
 # name | seconds without which it is not started | its time limit | what it does
 PHASES=(
-  "environment|30|80|device, versions, measured ceilings: copy, matrix product, ResNet-50 convolutions"
-  "tests|60|200|the tests marked gpu"
-  "ladder-256|200|480|throughput ladder at batch 256"
-  "kernels|60|400|each kernel against eager, torch.compile and its byte floor"
+  "environment|30|90|device, versions, measured ceilings: copy, matrix product, ResNet-50 convolutions"
+  "ladder-256|200|500|throughput ladder at batch 256"
+  "tests|60|300|the tests marked gpu"
+  "kernels|60|300|each kernel against eager, torch.compile and its byte floor"
+  "profile|60|150|torch.profiler: where the time of a step goes"
+  "profile-streaming|60|150|the same with streaming BatchNorm"
   "memcheck|60|240|compute-sanitizer memcheck on the kernels"
-  "racecheck|60|240|compute-sanitizer racecheck on the kernels"
-  "ladder-512|150|300|throughput ladder at batch 512"
-  "ladder-128|150|300|throughput ladder at batch 128"
-  "ladder-64|150|300|throughput ladder at batch 64"
-  "profile|90|200|torch.profiler: where the time of a step goes"
-  "profile-streaming|90|200|the same with streaming BatchNorm"
-  "choices|120|300|ways to compile the step: one key pass or two, modes of torch.compile, CUDA graphs"
-  "pointwise|60|200|prototype of a 1x1 convolution with BatchNorm statistics in its epilogue"
-  "memory|90|300|the largest batch that fits, product against published-amp"
+  "end-to-end|90|300|DALI loader feeding the step at batch 256"
+  "ladder-64|120|300|throughput ladder at batch 64"
+  "memory|60|200|the largest batch that fits"
   "native|60|200|build and tests of the native crop operator, CUDA backend included"
-  "loader|90|400|DALI loader, end to end"
+  "loader|90|400|DALI loader by decoder load and threads, against its peers, and what it takes from the GPU"
+  "ladder-512|120|300|throughput ladder at batch 512"
+  "racecheck|60|240|compute-sanitizer racecheck on the kernels"
+  "choices|120|400|ways to compile the step: one key pass or two, modes of torch.compile, CUDA graphs"
+  "ladder-128|120|300|throughput ladder at batch 128"
+  "pointwise|60|200|prototype of a 1x1 convolution with BatchNorm statistics in its epilogue"
 )
 
 out="" dry_run=0 only=" " redo=" "
@@ -46,7 +63,7 @@ while (($#)); do
     --dry-run) dry_run=1 ;;
     --only | --redo)
       (($# > 1)) || fail "$1: expected a phase"
-      printf '%s\n' "${PHASES[@]}" | grep -q "^$2|" ||
+      [[ -n $2 && $'\n'$(printf '%s\n' "${PHASES[@]}") == *$'\n'"$2|"* ]] ||
         fail "$1: got $2, expected one of $(printf '%s\n' "${PHASES[@]}" | cut -d'|' -f1 | paste -sd' ')"
       if [[ $1 == --only ]]; then only+="$2 "; else redo+="$2 "; fi
       shift ;;
@@ -92,7 +109,7 @@ for name in sys.argv[1:]:
         print(name, file=answer, flush=True)
 sys.exit(0 if torch.cuda.is_available() else 3)'
 every_phase=(triton torchvision PIL numpy rich matplotlib)
-absent=$("$python" -c "$probe" "${every_phase[@]}" pytest hypothesis cv2 timm safetensors tensorboard nvidia.dali 2>/dev/null)
+absent=$("$python" -c "$probe" "${every_phase[@]}" pytest pytest_timeout hypothesis cv2 timm safetensors tensorboard nvidia.dali 2>/dev/null)
 case $? in
   0) ;;
   3) fail "torch finds no CUDA device here; --dry-run lists the phases" ;;
@@ -108,7 +125,10 @@ budget=${GPU_CHECK_SECONDS:-530}
 mkdir -p "$out" || fail "OUTDIR: cannot make $out"
 out=$(cd "$out" && pwd)
 cd "$root" || exit 2
-export PYTHONPATH=.:kernels PYTHONUNBUFFERED=1 MPLBACKEND=Agg
+export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg
+# The home of a borrowed machine may be read-only or small.
+export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/gpu_check-inductor-$UID}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/gpu_check-triton-$UID}
 has() { "$python" -c "import $1" 2>/dev/null; }
 
 # A phase gets its folder as $1 and its seconds as $2. 77 says that it does not apply here; its last line says why.
@@ -117,62 +137,90 @@ needs() { # module…
   missing=$(absent_of "$@")
   [[ -z $missing ]] || { echo "not installed: ${missing% }"; return 77; }
 }
-ladder() { # folder seconds batch flags…
-  local folder=$1 seconds=$2 batch=$3
-  shift 3
-  "$python" benchmarks/throughput.py --device cuda --arch resnet50 --size 224 --batch "$batch" --out "$folder" \
-    --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@"
+throughput() { # batch flags…
+  local batch=$1
+  shift
+  "$python" benchmarks/throughput.py --device cuda --arch resnet50 --size 224 --batch "$batch" "$@"
+}
+ladder() { # folder seconds batch lines flags…
+  local folder=$1 seconds=$2 batch=$3 lines=$4 begin=$SECONDS
+  shift 4
+  # Most of a compilation is one thread of Python: all lines compile side by side, each in a process, and the ladder
+  # then finds them in the cache. Five steps at batch 256 fit 80 GB together; what fails here is tried again there.
+  export -f throughput
+  tr , '\n' <<<"$lines" | grep -E '^(trunk-|moco|kernels|streaming|compiled)' |
+    TORCHINDUCTOR_COMPILE_THREADS=4 timeout $((seconds * 3 / 5)) xargs -P 5 -I {} bash -c \
+      'throughput "$1" --compile-only --variants "$2" --out "$3"' - "$batch" {} "$folder" ||
+    echo "not every line could be compiled ahead; the ladder tries again"
+  echo "compiled side by side in $((SECONDS - begin)) s"
+  seconds=$((seconds - SECONDS + begin))
+  throughput "$batch" --out "$folder" --variants "$lines" --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@"
 }
 phase_environment() {
   nvidia-smi >"$1/nvidia-smi.txt" 2>&1
+  nvidia-smi -q >"$1/nvidia-smi-q.txt" 2>&1
   "$python" -m pip list >"$1/packages.txt" 2>&1
   "$python" benchmarks/ceilings.py --device cuda --out "$1"
 }
 phase_tests() {
-  needs pytest hypothesis cv2 || return
+  needs pytest pytest_timeout hypothesis cv2 || return
   local workers=() ignored=() name
-  has xdist && workers=(--numprocesses 4)
+  has xdist && workers=(--numprocesses 8 --dist worksteal)
   if [[ -n $(absent_of timm safetensors tensorboard) ]]; then
     for name in backgrounds downstream export grounding metrics probe; do ignored+=(--ignore "tests/test_$name.py"); done
   fi
-  CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider --continue-on-collection-errors \
-    --durations=10 --junitxml "$1/junit.xml" "${workers[@]}" "${ignored[@]}"
+  # Interrupted before the phase's time is over, so that pytest can say what failed until then.
+  OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=2 CAST_FAST_REQUIRE_GPU=1 \
+    timeout --foreground --signal=INT $(($2 > 60 ? $2 - 30 : $2)) "$python" -m pytest -m gpu -q -rfEs -p no:cacheprovider \
+    --continue-on-collection-errors --tb=short --durations=15 --junitxml "$1/junit.xml" "${workers[@]}" "${ignored[@]}"
 }
-phase_ladder-256() { ladder "$1" "$2" 256 --variants published,published-amp,one-pass,closed-form,compiled,kernels,streaming,moco,trunk-bound,trunk-streaming; }
-phase_ladder-512() { ladder "$1" "$2" 512 --variants published-amp,compiled,kernels,streaming,moco,trunk-bound; }
-phase_ladder-128() { ladder "$1" "$2" 128 --variants published-amp,compiled,kernels,streaming,moco,trunk-bound; }
-phase_ladder-64() { ladder "$1" "$2" 64 --variants published-amp,compiled,kernels,streaming,moco,trunk-bound; }
-phase_kernels() { "$python" benchmarks/kernels.py --device cuda --out "$1"; }
-sanitize() { # folder tool
+all_lines=trunk-bound,moco,published-amp,published,kernels,streaming,compiled,trunk-streaming,closed-form,one-pass
+few_lines=trunk-bound,moco,published-amp,kernels,streaming
+phase_ladder-256() { ladder "$1" "$2" 256 $all_lines; }
+phase_ladder-512() { ladder "$1" "$2" 512 $few_lines; }
+phase_ladder-128() { ladder "$1" "$2" 128 $few_lines; }
+phase_ladder-64() { ladder "$1" "$2" 64 $few_lines; }
+phase_kernels() { "$python" benchmarks/kernels.py --device cuda --out "$1" --max-seconds $(($2 > 60 ? $2 - 30 : $2 / 2)); }
+sanitize() { # folder tool flags…
+  local folder=$1 tool=$2
+  shift 2
   command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not installed"; return 77; }
   # Without torch's caching allocator every tensor is an allocation of its own, so that a step past its end is seen.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$2" --error-exitcode 99 --log-file "$1/$2.txt" \
-    "$python" benchmarks/sanitizer_cases.py
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 99 --log-file "$folder/$tool.txt" \
+    "$@" "$python" benchmarks/sanitizer_cases.py
 }
-phase_memcheck() { sanitize "$1" memcheck; }
+# What torch asks of the driver and is refused while it starts is no fault of a kernel.
+phase_memcheck() { sanitize "$1" memcheck --report-api-errors no; }
 phase_racecheck() { sanitize "$1" racecheck; }
 phase_profile() { "$python" benchmarks/profile_step.py --device cuda --line kernels --out "$1"; }
 phase_profile-streaming() { "$python" benchmarks/profile_step.py --device cuda --line streaming --out "$1"; }
 phase_choices() { "$python" benchmarks/compile_choices.py --device cuda --out "$1" --max-seconds $(($2 > 60 ? $2 - 30 : $2 / 2)); }
 phase_pointwise() { "$python" benchmarks/prototypes/pointwise_conv.py --device cuda --out "$1"; }
 phase_memory() {
-  local batch
+  local batch tries=3 begin=$SECONDS
   batch=$("$python" benchmarks/report.py "$out" --largest-batch) || { echo "$batch"; return 77; }
   echo "largest batch expected to fit: $batch"
-  ladder "$1" $(($2 / 2)) "$batch" --variants kernels --repeats 1 && return
-  batch=$((batch * 9 / 10 / 32 * 32))
-  echo "it does not; trying $batch"
-  ladder "$1" $(($2 / 2)) "$batch" --variants kernels --repeats 1
+  while ((tries-- > 0)); do
+    throughput "$batch" --out "$1" --variants kernels --repeats 1 --max-seconds $(($2 - SECONDS + begin)) && return
+    batch=$((batch * 93 / 100 / 32 * 32))
+    echo "it does not; trying $batch"
+  done
+  return 1
 }
 phase_native() {
-  needs nvidia.dali pytest hypothesis cv2 || return
+  needs nvidia.dali pytest pytest_timeout hypothesis cv2 || return
   "$python" kernels/cast_kernels/dali_plugin.py build --cuda on &&
     CAST_FAST_REQUIRE_GPU=1 "$python" -m pytest -m gpu -q -p no:cacheprovider tests/test_dali_plugin.py
 }
+phase_end-to-end() {
+  needs nvidia.dali cv2 || return
+  # Where it was not built before: without it the windows come from NumPy, which is slower.
+  "$python" kernels/cast_kernels/dali_plugin.py build --optional
+  ladder "$1" "$2" 256 kernels,loader,end-to-end --repeats 5
+}
 phase_loader() {
   needs nvidia.dali cv2 || return
-  "$python" benchmarks/loader.py --device cuda --out "$1/loader" || return
-  ladder "$1" "$2" 256 --variants kernels,loader,end-to-end --repeats 3
+  "$python" benchmarks/loader.py --device cuda --repeats 3 --out "$1"
 }
 
 left=0 failed=0
@@ -184,7 +232,7 @@ for row in "${PHASES[@]}"; do
     [[ $(status_of "$name") =~ ^(ok|skipped) ]] || failed=1
     continue
   fi
-  remaining=$((budget - SECONDS - 5))
+  remaining=$((budget - SECONDS - 10))
   if ((remaining < needs)); then
     echo "== $name: left for the next call ($remaining s remain, it needs $needs s)"
     left=1
@@ -198,9 +246,9 @@ for row in "${PHASES[@]}"; do
   begin=$SECONDS
   (
     # timeout runs programs, not functions: it gets a shell that knows them.
-    export -f ladder sanitize has needs absent_of "phase_$name"
-    export python out absent
-    timeout --signal=TERM --kill-after=5 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
+    export -f ladder throughput sanitize has needs absent_of "phase_$name"
+    export python out absent all_lines few_lines
+    timeout --signal=TERM --kill-after=10 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
   ) >"$folder/log.txt" 2>&1
   rc=$?
   took=$((SECONDS - begin))
@@ -223,7 +271,8 @@ for row in "${PHASES[@]}"; do
   "$python" benchmarks/report.py "$out" || echo "gpu_check.sh: no report could be written" >&2
 done
 
-(cd "$out" && find . -type f -size -4M ! -name gpu_check.tar.gz -print0 | tar --null -czf gpu_check.tar.gz -T -)
+(cd "$out" && find . -type d \( -name 'scenes-*' -o -name 'packed-*' \) -prune -o \
+  -type f -size -4M ! -name gpu_check.tar.gz -print0 | tar --null -czf gpu_check.tar.gz -T -)
 if ((left)); then
   echo "gpu_check.sh: phases are left; call again with the same OUTDIR"
   exit 75

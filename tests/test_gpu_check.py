@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ladder import COMPILED
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu_check.sh"
 
@@ -23,7 +24,7 @@ esac
 echo "$*" >>"$PLAY/calls"
 for arg in "$@"; do out=$arg; done
 for rule in "$PLAY"/rule-*; do
-  [[ -f $rule && "$*" == *"$(basename "$rule" | cut -d- -f2)"* ]] && { source "$rule"; }
+  [[ -f $rule && "$*" == *"${rule#"$PLAY"/rule-}"* ]] && { source "$rule"; }
 done
 exit 0
 """
@@ -81,9 +82,10 @@ def test_dry_run_lists_the_phases_and_leaves_no_trace(bench: Bench) -> None:
     done = bench.call("--dry-run")
     assert done.returncode == 0
     phases = [line.split()[0] for line in done.stdout.splitlines()[1:]]
-    assert phases[:4] == ["environment", "tests", "ladder-256", "kernels"]
+    assert phases[:4] == ["environment", "ladder-256", "tests", "kernels"]
     ladders = {"ladder-64", "ladder-128", "ladder-512"}
-    assert ladders | {"memcheck", "racecheck", "profile", "profile-streaming", "memory", "loader"} < {*phases}
+    others = {"memcheck", "racecheck", "profile", "profile-streaming", "memory", "end-to-end", "loader"}
+    assert ladders | others < {*phases}
     assert not bench.out.exists()
 
 
@@ -127,7 +129,47 @@ def test_phases_without_their_packages_say_so_and_the_others_run(bench: Bench) -
     assert bench.status("tests") == "skipped: not installed: hypothesis cv2"
     assert bench.status("ladder-256") == "ok"
     assert bench.status("loader") == "skipped: not installed: cv2"
-    assert len(bench.calls) == 1 and "throughput.py" in bench.calls[0]
+    assert bench.calls and all("throughput.py" in call for call in bench.calls)
+
+
+def test_lines_are_compiled_side_by_side_before_they_are_measured(bench: Bench) -> None:
+    assert bench.call("--only", "ladder-64").returncode == 0
+    *ahead, ladder = bench.calls
+    assert "--compile-only" not in ladder and "--batch 64" in ladder
+    lines = ladder.split("--variants ")[1].split()[0].split(",")
+    assert sorted(call.split("--variants ")[1].split()[0] for call in ahead) == sorted({*lines} & {*COMPILED})
+    assert all("--compile-only" in call and "--batch 64" in call for call in ahead)
+
+
+def test_what_cannot_be_compiled_ahead_is_measured_all_the_same(bench: Bench) -> None:
+    bench.rule("compile-only", "exit 1")
+    done = bench.call("--only", "ladder-64")
+    assert done.returncode == 0
+    assert bench.status("ladder-64") == "ok"
+    assert "not every line could be compiled ahead" in (bench.out / "ladder-64" / "log.txt").read_text()
+
+
+def test_pytest_is_interrupted_in_time_to_report(bench: Bench) -> None:
+    stub = bench.root / "timeout"
+    stub.write_text(
+        '#!/usr/bin/env bash\necho "timeout $*" >>"$PLAY/calls"\nuntil [[ $1 != -* ]]; do shift; done; exec "${@:2}"\n'
+    )
+    stub.chmod(0o755)
+    bench.call("--only", "tests")
+    outer, inner = (call.split() for call in bench.calls if call.startswith("timeout"))
+    # In the group of the outer one, whose TERM it must get; pytest has half a minute for what it has to say.
+    assert inner[1:4] == ["--foreground", "--signal=INT", "270"]
+    assert outer[1:4] == ["--signal=TERM", "--kill-after=10", "300"]
+
+
+def test_the_loaders_pictures_are_not_packed(bench: Bench) -> None:
+    bench.lacks()
+    bench.rule("loader.py", 'mkdir -p "$out/scenes-4-0" && touch "$out/scenes-4-0/0.jpg" "$out/loader.png"')
+    bench.call("--only", "loader")
+    with tarfile.open(bench.out / "gpu_check.tar.gz") as archive:
+        names = archive.getnames()
+    assert "./loader/loader.png" in names
+    assert not [name for name in names if "scenes" in name]
 
 
 def test_tests_of_missing_extras_are_left_out(bench: Bench) -> None:
@@ -166,8 +208,8 @@ def test_all_phases_then_nothing_is_done_twice(bench: Bench) -> None:
     phases = [line.split()[0] for line in bench.call("--dry-run").stdout.splitlines()[1:]]
     assert all(bench.status(name) for name in phases)
     assert bench.status("loader") == "skipped: not installed: nvidia.dali"
-    ladders = [call for call in calls if "throughput.py" in call]
-    assert [call.split("--batch ")[1].split()[0] for call in ladders] == ["256", "512", "128", "64", "480"]
+    ladders = [call for call in calls if "throughput.py" in call and "--compile-only" not in call]
+    assert [call.split("--batch ")[1].split()[0] for call in ladders] == ["256", "64", "480", "512", "128"]
     assert sum("sanitizer_cases.py" in call for call in calls) == 2
     assert (bench.out / "report.md").exists()
     with tarfile.open(bench.out / "gpu_check.tar.gz") as archive:
@@ -192,8 +234,8 @@ def test_a_failed_phase_does_not_stop_the_others_and_is_repeated_on_demand(bench
 
 
 def test_the_next_call_goes_on_where_time_ran_out(bench: Bench) -> None:
-    bench.rule("kernels.py", "exit 124")  # what timeout says; the phase had less than its limit of 400 s
-    done = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512", seconds=150)
+    bench.rule("kernels.py", "exit 124")  # what timeout says; the phase had less than its limit of 300 s
+    done = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512", seconds=120)
     assert done.returncode == 75
     assert bench.status("environment") == "ok"
     assert "kernels: cut off" in done.stdout
@@ -209,4 +251,4 @@ def test_the_next_call_goes_on_where_time_ran_out(bench: Bench) -> None:
 def test_a_phase_over_its_own_limit_has_failed(bench: Bench) -> None:
     bench.rule("kernels.py", "exit 124")
     assert bench.call("--only", "kernels").returncode == 1
-    assert bench.status("kernels") == "failed: over its limit of 400 s; what it wrote before is kept"
+    assert bench.status("kernels") == "failed: over its limit of 300 s; what it wrote before is kept"
