@@ -65,9 +65,10 @@ def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tens
         count: values a channel, at least 2.
     """
     assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.num_batches_tracked is not None and norm.momentum is not None
+    assert norm.momentum is not None
     with torch.no_grad():
-        norm.num_batches_tracked.add_(1)
+        if norm.num_batches_tracked is not None:  # else whoever took it away counts (``batch_counters``)
+            norm.num_batches_tracked.add_(1)
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
         unbiased = variance * (count / (count - 1))
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
