@@ -125,7 +125,7 @@ budget=${GPU_CHECK_SECONDS:-530}
 mkdir -p "$out" || fail "OUTDIR: cannot make $out"
 out=$(cd "$out" && pwd)
 cd "$root" || exit 2
-export PYTHONPATH=.:kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg
+export PYTHONPATH=$root:$root/kernels${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 MPLBACKEND=Agg
 # The home of a borrowed machine may be read-only or small.
 export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-${TMPDIR:-/tmp}/gpu_check-inductor-$UID}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-${TMPDIR:-/tmp}/gpu_check-triton-$UID}

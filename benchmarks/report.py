@@ -22,6 +22,10 @@ HEADROOM = 0.94
 BATCH_STEP = 32
 STREAMING_MODEL = "the model says 1.04 to 1.07"
 """For a CAST step of ResNet-50 on an A100, H100 or H200; ``traffic_model.py``."""
+STATIC = Path(__file__).resolve().parent / "results" / "static"
+"""Counts made without a GPU, by ``step_bytes.py``."""
+LOG_LINES = 40
+"""How much of the log of a phase that has not ended well is shown."""
 FLOAT32_SETTINGS = ("cudnn_allow_tf32", "matmul_allow_tf32", "float32_matmul_precision", "cudnn_benchmark")
 """Keys of an environment's details that say what float32 meant."""
 
@@ -99,6 +103,93 @@ def streaming_lines(records: list[Row]) -> list[str]:
     return ["; ".join(found) + ".", ""] if found else []
 
 
+def goal_rows(out: Path) -> list[list[str]]:
+    """What the project asks of a GPU, and what the folder answers."""
+
+    def values(phase: str, name: str, **shape: Any) -> dict[str, float]:
+        rows = read_records(out / phase / "results.jsonl")
+        wanted = (row for row in rows if row["name"] == name and shape.items() <= row["shape"].items())
+        return {row["variant"]: row["value"] for row in wanted if row["value"] is not None}
+
+    def ratio(top: float | None, bottom: float | None) -> float | None:
+        return top / bottom if top is not None and bottom else None
+
+    found: list[list[str]] = []
+
+    def goal(what: str, value: float | None, *, least: float | None = None, most: float | None = None) -> None:
+        bound = f"at least {least:,g}" if least is not None else "–" if most is None else f"at most {most:,g}"
+        verdict = "not measured" if value is None else "–"
+        if value is not None and (least is not None or most is not None):
+            met = value >= least if least is not None else most is not None and value <= most
+            by = abs(value / (least if least is not None else most or 1) - 1)
+            verdict = "met" if met else f"missed by {by:.1%}"
+        found.append([what, bound, number(value), verdict])
+
+    step, peak = values("ladder-256", "step"), values("ladder-256", "peak_memory")
+    goal("time of a CAST step over a MoCo step (theory: 1.25)", ratio(step.get("moco"), step.get("kernels")), most=1.27)
+    goal("share of the trunk bound", ratio(step.get("kernels"), step.get("trunk-bound")), least=0.95)
+    goal(
+        "share of the bound of a streaming trunk", ratio(step.get("streaming"), step.get("trunk-streaming")), least=0.95
+    )
+    for base, least in (("published", 4.0), ("published-amp", 1.8)):
+        goal(f"rate over {base}", ratio(step.get("kernels"), step.get(base)), least=least)
+    goal("images a second, torch.compile (stated for an H200)", step.get("kernels"), least=4080)
+    goal("gain by streaming BatchNorm", ratio(step.get("streaming"), step.get("kernels")), least=1.09)
+    goal("images a second, streaming (stated for an H200)", step.get("streaming"), least=4770)
+    goal("trunk's traffic, MB an image, streaming (counted)", counted_traffic(), most=340)
+    fed = values("end-to-end", "step") | values("end-to-end", "end-to-end")
+    goal("end to end with DALI over the step alone", ratio(fed.get("end-to-end"), fed.get("kernels")), least=0.95)
+    for line in ("kernels", "streaming"):
+        goal(f"peak memory of {line} over published-amp", ratio(peak.get(line), peak.get("published-amp")), most=1.0)
+    largest = [row["shape"]["batch"] for row in read_records(out / "memory" / "results.jsonl") if fits(row)]
+    goal("largest batch that fits", float(max(largest)) if largest else None)
+    loads = values("loader", "loader")
+    ours = {name: rate for name, rate in loads.items() if name not in ("torchvision", "albumentations")}
+    rate = step.get("kernels") or fed.get("kernels")
+    goal("loader's best rate from files over the step's", ratio(_files(ours), rate), least=1.2)
+    goal("loader, defaults, over the step's rate", ratio(loads.get("native"), rate), least=1.2)
+    goal("share of the GPU's time that the loader takes", values("loader", "loader_gpu_share").get("product"))
+    windows = values("loader", "loader_windows")
+    goal(
+        "windows: NumPy's CPU time over the native operator's",
+        ratio(windows.get("numpy"), windows.get("native")),
+        least=4,
+    )
+    elapsed = values("loader", "loader_windows_time")
+    goal("windows: the CPU backend's time over the CUDA backend's", ratio(elapsed.get("native"), elapsed.get("cuda")))
+    floor = {
+        (row["name"], row["shape"].get("N"), row["shape"].get("K")): row["fraction_of_bound"]
+        for row in read_records(out / "kernels" / "results.jsonl")
+        if row["variant"] == "operator" and row["dtype"] == "bfloat16" and row["fraction_of_bound"]
+    }
+    for samples, least in ((512, 0.9), (256, 0.75)):
+        goal(f"gradcam_cosine, N = {samples}, of its floor", floor.get(("gradcam_cosine", samples, None)), least=least)
+    losses = values("kernels", "info_nce", N=256, K=65536)
+    goal("info_nce, N = 256, K = 65,536, over eager", ratio(losses.get("eager"), losses.get("operator")), least=3)
+    goal("the same, of its floor", floor.get(("info_nce", 256, 65536)), least=round(1 / 1.5, 3))
+    return found
+
+
+def fits(row: Row) -> bool:
+    """Whether a record is a step that ran."""
+    return row["name"] == "step" and row["variant"] == "kernels" and row["value"] is not None
+
+
+def _files(rates: dict[str, float]) -> float | None:
+    """The best rate that reads the images as they are, not shrunk."""
+    return max((rate for name, rate in rates.items() if name != "packed-256"), default=None)
+
+
+def counted_traffic() -> float | None:
+    """MB an image of the streaming trunk of ResNet-50, second readings included, by the newest table."""
+    for path in sorted(STATIC.glob("torch-*.json"), reverse=True):
+        row = json.loads(path.read_text())["rows"].get("resnet50 trunk streaming")
+        if row is not None:
+            total = row["forward"]["bytes"] + row["backward"]["bytes"] + row["backward"]["second_reading_bytes"]
+            return total / row["batch"] / 1e6
+    return None
+
+
 def plain_rows(records: list[Row]) -> list[list[str]]:
     """Table rows of any other records."""
     return [
@@ -126,15 +217,14 @@ def float32_line(folder: Path) -> list[str]:
 
 def report(out: Path) -> str:
     """The report as Markdown."""
-    lines = ["# GPU check", ""]
-    described = False
+    device: list[str] = []
+    lines: list[str] = []
     for name, status, folder in phases(out):
         records = [row for path in sorted(folder.rglob("results.jsonl")) for row in read_records(path)]
-        if records and not described:
-            described = True
+        if records and not device:
             first = records[0]
             versions = ", ".join(f"{key} {value}" for key, value in first["versions"].items() if value)
-            lines += [f"{first['device']}, commit {first['commit']}, {first['date']}; {versions}.", ""]
+            device = [f"{first['device']}, commit {first['commit']}, {first['date']}; {versions}.", ""]
         lines += [f"## {name}", "", f"{status}", ""]
         if any(row["name"] == "step" for row in records):
             lines += float32_line(folder)
@@ -146,10 +236,11 @@ def report(out: Path) -> str:
             lines += table(["what", "dtype", "shape", "value", "p20–p80", "of bound"], plain_rows(records))
         for extra in sorted(folder.glob("*.md")):
             lines += [extra.read_text().strip(), ""]
-        if not records and not status.startswith("ok"):
-            tail = (folder / "log.txt").read_text(errors="replace").splitlines()[-15:]
-            lines += ["```", *tail, "```", ""]
-    return "\n".join(lines)
+        log = (folder / "log.txt").read_text(errors="replace").splitlines()
+        tail = log[-LOG_LINES:] if not status.startswith("ok") else [] if records else log[-1:]
+        lines += ["```", *tail, "```", ""] if tail else []
+    goals = table(["goal", "asked", "measured", "verdict"], goal_rows(out))
+    return "\n".join(["# GPU check", "", *device, *goals, "Medians, at batch 256 unless it says so.", "", *lines])
 
 
 def largest_batch(out: Path) -> int:

@@ -408,6 +408,69 @@ def test_sanitizer_cases_agree_with_the_reference(monkeypatch: pytest.MonkeyPatc
     assert sanitizer_cases.main(["--device", "cpu"]) == 1
 
 
+def _table(text: str) -> list[list[str]]:
+    """The cells of the first table of a report."""
+    lines = text.splitlines()
+    start = next(place for place, line in enumerate(lines) if line.startswith("| goal"))
+    return [line.split("|") for line in lines[start : lines.index("", start)]]
+
+
+def test_goals_of_the_loader_the_memory_and_the_kernels(tmp_path: Path) -> None:
+    env = harness.environment(torch.device("cpu"))
+
+    def leave(phase: str, *rows: tuple[str, str, str, dict[str, int | str], float, str]) -> None:
+        results = harness.Results(tmp_path / phase, env)
+        for name, line, dtype, shape, value, unit in rows:
+            held = harness.Measurement((value,))
+            fraction = value if phase == "kernels" else None
+            results.add(
+                results.record(name, line, held, dtype=dtype, shape=shape, unit=unit, fraction_of_bound=fraction)
+            )
+        (tmp_path / phase / "log.txt").write_text("")
+
+    batch: dict[str, int | str] = {"batch": 256}
+    memory = [
+        ("peak_memory", line, "bf16", batch, size, "bytes") for line, size in (("kernels", 1e9), ("published-amp", 2e9))
+    ]
+    leave("ladder-256", ("step", "kernels", "bf16", batch, 1000.0, "images/s"), *memory)
+    leave(
+        "end-to-end",
+        ("step", "kernels", "bf16", batch, 1000.0, "images/s"),
+        ("end-to-end", "end-to-end", "bf16", batch, 900.0, "images/s"),
+    )
+    leave("memory", ("step", "kernels", "bf16", {"batch": 992}, 1000.0, "images/s"))
+    leave(
+        "loader",
+        ("loader", "native", "uint8", batch, 1100.0, "images/s"),
+        ("loader", "native-t8-hw0.9", "uint8", batch, 1500.0, "images/s"),
+        ("loader", "packed-256", "uint8", batch, 9000.0, "images/s"),
+        ("loader_gpu_share", "product", "bf16", batch, 0.03, "fraction"),
+        ("loader_windows", "numpy", "uint8", batch, 5e-3, "s"),
+        ("loader_windows", "native", "uint8", batch, 1e-3, "s"),
+    )
+    leave(
+        "kernels",
+        ("gradcam_cosine", "operator", "bfloat16", {"N": 512}, 0.8, "µs"),
+        ("info_nce", "operator", "bfloat16", {"N": 256, "K": 65536}, 0.7, "µs"),
+        ("info_nce", "eager", "bfloat16", {"N": 256, "K": 65536}, 2.8, "µs"),
+        ("info_nce", "operator", "bfloat16", {"N": 64, "K": 65536}, 0.1, "µs"),
+    )
+    assert report.main([str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    found = {cells[1].strip(): [cell.strip() for cell in cells[3:5]] for cells in _table(text)}
+    assert found["end to end with DALI over the step alone"] == ["0.9", "missed by 5.3%"]
+    assert found["peak memory of kernels over published-amp"] == ["0.5", "met"]
+    assert found["peak memory of streaming over published-amp"] == ["–", "not measured"]
+    assert found["largest batch that fits"] == ["992", "–"]
+    assert found["loader's best rate from files over the step's"] == ["1.5", "met"]
+    assert found["loader, defaults, over the step's rate"] == ["1.1", "missed by 8.3%"]
+    assert found["share of the GPU's time that the loader takes"] == ["0.03", "–"]
+    assert found["windows: NumPy's CPU time over the native operator's"] == ["5", "met"]
+    assert found["gradcam_cosine, N = 512, of its floor"] == ["0.8", "missed by 11.1%"]
+    assert found["info_nce, N = 256, K = 65,536, over eager"] == ["4", "met"]
+    assert found["the same, of its floor"] == ["0.7", "met"]
+
+
 def _left_by_gpu_check(out: Path) -> None:
     env = harness.environment(torch.device("cpu"))
     for name, batch, peak in (("ladder-256", 256, 30e9), ("ladder-64", 64, 12e9)):
@@ -431,6 +494,20 @@ def test_report_of_a_gpu_check(tmp_path: Path, capsys: pytest.CaptureFixture[str
     _left_by_gpu_check(tmp_path)
     assert report.main([str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
+    assert text.splitlines()[2].startswith(harness.cpu_name())
+    goals = {cells[1].strip(): [cell.strip() for cell in cells[2:5]] for cells in _table(text)}
+    assert goals["time of a CAST step over a MoCo step (theory: 1.25)"] == ["at most 1.27", "1.25", "met"]
+    assert goals["rate over published"] == ["at least 4", "3.2", "missed by 20.0%"]
+    assert goals["images a second, torch.compile (stated for an H200)"] == [
+        "at least 4,080",
+        "2,048",
+        "missed by 49.8%",
+    ]
+    assert goals["gain by streaming BatchNorm"] == ["at least 1.09", "1.25", "met"]
+    assert goals["share of the trunk bound"] == ["at least 0.95", "–", "not measured"]
+    assert goals["trunk's traffic, MB an image, streaming (counted)"][2] == "met"
+    assert goals["largest batch that fits"] == ["–", "–", "not measured"]
+    assert "1 failed\n" in text
     assert "float32: cudnn_allow_tf32 True, matmul_allow_tf32 False, float32_matmul_precision highest" in text
     assert "## ladder-256\n\nok, 300 s\n" in text
     assert "| kernels | 2,048 | 2,048–2,048 | 3.2 | – | 1.25 | – | 27.94 | 1 |" in text
