@@ -71,8 +71,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         an interrupt that no command handled.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Other packages' loggers at their warnings: what they do for a command is no news to its user.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     level = os.environ.get("CAST_FAST_LOG", "INFO").upper()
-    logging.basicConfig(level=level, format="%(levelname)s %(name)s: %(message)s")
+    if not isinstance(logging.getLevelName(level), int):
+        print(f"cast-fast: error: CAST_FAST_LOG: got {level}, expected DEBUG, INFO, WARNING or ERROR", file=sys.stderr)
+        return EXIT_USER_ERROR
+    logging.getLogger("cast_fast").setLevel(level)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(_overview())
         return 0

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
+from cast_fast.config import PretrainConfig
 from cast_fast.errors import UserError
 
 HELP = "say what is installed, what will run where, and why"
@@ -267,11 +268,24 @@ def _choices(where: Any) -> Iterator[Finding]:
         logging.getLogger("cast_fast").setLevel(level)
     decode = "JPEGs on the GPU, maps and windows on the CPU" if where.type == "cuda" else "everything on the CPU"
     yield Finding("a run here", OK, f"trains on {where} in {dtype}; losses: {losses}; loader: {decode}")
+    yield _batch_norm(where)
     yield _exchange()
 
 
+def _batch_norm(where: Any) -> Finding:
+    """Which BatchNorm a run takes unless told otherwise, and why not the other one."""
+    default = PretrainConfig.batch_norm
+    if where.type != "cuda":
+        other = "streaming computes the same here, without gain: its kernels are for GPUs"
+    else:
+        other = (
+            "streaming (fused Triton sweeps, the same within rounding) moves an eighth less memory in the trunk by "
+            "count, and is not the default because no GPU has timed it: benchmarks/gpu_check.sh does"
+        )
+    return Finding("BatchNorm", OK, f"--batch-norm {default}, the default; {other}")
+
+
 def _exchange() -> Finding:
-    from cast_fast.config import PretrainConfig
     from cast_fast.distributed import choose_exchange, exchange_bytes
 
     default, ranks = PretrainConfig(), 8

@@ -298,23 +298,17 @@ def _card(
     config: dict[str, Any] = provenance.get("config", {})
     size = about["preprocessing"]["size"]
     mean, std = (", ".join(map(str, values)) for values in (model.mean, model.std))
-    names = (
-        "method",
-        "preset",
-        "dim",
-        "head",
-        "queue_size",
-        "momentum",
-        "temperature",
-        "lam",
-        "phi",
-        "batch",
-        "epochs",
-    )
-    rows = [(name, config[name]) for name in (*names, "steps", "lr", "seed") if config.get(name) is not None]
-    training = "\n".join(
-        f"| {name} | {value} |" for name, value in [("steps done", provenance.get("step", "–")), *rows]
-    )
+    names = ("method", "preset", "dim", "head", "queue_size", "momentum", "temperature", "lam", "phi")
+    of = f" of {provenance['total_steps']}" if "total_steps" in provenance else ""
+    rows: list[tuple[str, Any]] = [("steps done", f"{provenance.get('step', '–')}{of}")]
+    rows += [(name, config[name]) for name in names if config.get(name) is not None]
+    if "batch" in config:
+        rows.append(("global batch, pairs", config["batch"] * provenance.get("processes", 1)))
+    if "lr" in config:
+        rows.append(("lr, per 256 pairs of it", config["lr"]))
+    if "seed" in config:
+        rows.append(("seed", config["seed"]))
+    training = "\n".join(f"| {name} | {value} |" for name, value in rows)
     checks = "\n".join(
         f"- {name}: largest difference {value:.1e} of the largest feature" for name, value in differences.items()
     )
@@ -383,6 +377,7 @@ MODEL.RESNETS.DEPTH: {depth}
 MODEL.RESNETS.NUM_GROUPS: {network.groups}
 MODEL.RESNETS.WIDTH_PER_GROUP: {network.base_width}
 MODEL.RESNETS.STRIDE_IN_1X1: False
+MODEL.RESNETS.NORM: "SyncBN"  # as MoCo's detection settings: BatchNorm is trained; the default keeps it frozen
 INPUT.FORMAT: "RGB\""""
 
 

@@ -48,6 +48,8 @@ class Job(NamedTuple):
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the job; everything after ``--`` is a flag of ``cast-fast pretrain``."""
+    parser.usage = f"{parser.prog} --script FILE [flags] -- PRETRAIN FLAGS"
+    parser.epilog = f"example: {parser.prog} --script job.sh --nodes 2 -- --data shards --out runs/first"
     parser.add_argument("--script", type=Path, required=True, help="batch script to write")
     parser.add_argument("--name", default="cast_fast", help="name of the job")
     parser.add_argument("--nodes", type=int, default=1, help="number of nodes")
@@ -81,8 +83,12 @@ def main(args: argparse.Namespace) -> int:
         config.out.mkdir(parents=True, exist_ok=True)  # Slurm drops the output of a job whose folder is missing
     except OSError as error:
         raise UserError(f"cannot write {error.filename}: {error.strerror}") from error
-    ranks = job.nodes * job.gpus
-    print(f"{args.script}: {job.nodes} nodes × {job.gpus} GPUs, global batch {ranks * config.batch}")
+    batch = job.nodes * job.gpus * config.batch
+    nodes = f"{job.nodes} node{'s' if job.nodes > 1 else ''}"
+    print(f"{args.script}: {nodes} × {job.gpus} GPUs, global batch {batch}, learning rate {config.lr * batch / 256:g}")
+    for path in (config.images, config.saliency, config.data):
+        if path is not None and not path.exists():
+            print(f"{path} is not on this machine: it must be on the nodes")
     if args.submit == "no":
         print(f"submit it with: sbatch {shlex.quote(str(args.script))}")
     elif args.submit == "sbatch":

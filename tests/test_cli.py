@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 
 import pytest
 
@@ -51,6 +53,29 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, fail)
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main(["probe"])
+
+
+@pytest.fixture
+def levels() -> Iterator[None]:
+    """The logger as it was, whatever the command line does to it."""
+    logger = logging.getLogger("cast_fast")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+@pytest.mark.usefixtures("levels")
+def test_the_environment_sets_the_log_level_of_this_package_alone(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    install(monkeypatch, lambda args: 0)
+    root = logging.getLogger().level
+    monkeypatch.setenv("CAST_FAST_LOG", "debug")
+    assert cli.main(["probe"]) == 0
+    assert logging.getLogger("cast_fast").level == logging.DEBUG and logging.getLogger().level == root
+    monkeypatch.setenv("CAST_FAST_LOG", "loud")
+    assert cli.main(["probe"]) == 2
+    assert capsys.readouterr().err.startswith("cast-fast: error: CAST_FAST_LOG: got LOUD, expected DEBUG")
 
 
 def test_bad_flag_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from cast_fast import cli, doctor
 
@@ -21,6 +22,14 @@ def test_every_part_is_named_with_what_was_found() -> None:
     assert names <= set(found)
     assert "trains on cpu in" in found["a run here"].text
     assert found["torch"].state == doctor.OK
+
+
+def test_the_choice_of_batch_norm_is_told_with_its_reason() -> None:
+    here = by_name(device="cpu")["BatchNorm"]
+    assert here.state == doctor.OK
+    assert "--batch-norm torch, the default" in here.text and "without gain" in here.text
+    there = doctor._batch_norm(torch.device("cuda"))
+    assert "--batch-norm torch, the default" in there.text and "no GPU has timed it" in there.text
 
 
 def test_json_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,7 +39,9 @@ def write_run(folder: Path, arch: str = "resnet18", head: str = "linear", size: 
     lively(moco.query, 1)
     lively(moco.key, 2)
     config = {"arch": arch, "size": size, "method": "cast", "images": "/somewhere/images", "seed": 3}
-    checkpoint.save(folder, 40, {"model": moco.state_dict()}, config=config, fingerprint="f" * 32, keep=1)
+    config |= {"batch": 32, "lr": 0.5}
+    state = {"model": moco.state_dict(), "progress": {"processes": 4, "total_steps": 60}}
+    checkpoint.save(folder, 40, state, config=config, fingerprint="f" * 32, keep=1)
     return folder, moco
 
 
@@ -142,7 +144,8 @@ def test_safetensors_metadata_tells_preprocessing_and_provenance(run18, images, 
     assert close(again.features(images), own_features(moco, images)) and again.size == 64
     assert isinstance(again.query.head, IdentityHead) and again.key is None
     card = done.card.read_text()
-    assert done.sha256 in card and "CAST" in card and "| steps done | 40 |" in card
+    assert done.sha256 in card and "CAST" in card and "| steps done | 40 of 60 |" in card
+    assert "| global batch, pairs | 128 |" in card and "| lr, per 256 pairs of it | 0.5 |" in card
 
 
 @pytest.mark.parametrize(("arch", "blocks"), [("resnet50", (3, 4, 6, 3))])

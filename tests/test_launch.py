@@ -46,6 +46,16 @@ def test_script_is_valid_bash_and_carries_every_setting(tmp_path: Path) -> None:
     assert command.count("--resume") == 1 and "'/data/my images'" in command
 
 
+def test_what_the_job_amounts_to_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "shards"
+    for there in (False, True):
+        code, _ = write(tmp_path, "--nodes", "2", pretrain=["--data", str(data), "--batch", "128"])
+        text = capsys.readouterr().out
+        assert code == 0 and "2 nodes × 8 GPUs, global batch 2048, learning rate 4\n" in text
+        assert ("is not on this machine: it must be on the nodes" in text) == (not there)
+        data.mkdir(exist_ok=True)
+
+
 @pytest.mark.parametrize(
     ("job_flags", "words"),
     [

@@ -89,7 +89,7 @@ BROKEN: dict[str, tuple[bytes, bytes | None, str, str]] = {
     "no_map.jpg": (JPEG, None, "missing-map", "no saliency map"),
     "map_text.jpg": (JPEG, b"hello", "not-an-image", "is no PNG file"),
     "map_jpeg.jpg": (JPEG, encoded(blob(), "JPEG"), "not-an-image", "is no PNG file"),
-    "map_rgb.jpg": (JPEG, encoded(blob().convert("RGB"), "PNG"), "map-format", "8-bit RGB PNG, expected 8-bit grey"),
+    "map_rgb.jpg": (JPEG, encoded(blob().convert("RGB"), "PNG"), "map-format", "8-bit RGB pixels, expected a PNG of 8-bit grey"),
     "map_palette.jpg": (JPEG, palette_png(), "map-format", "palette"),
     "map_deep.jpg": (JPEG, deep_png(), "map-format", "16-bit grey"),
     "map_bits.jpg": (JPEG, encoded(blob().convert("1"), "PNG"), "map-format", "1-bit grey"),

@@ -174,7 +174,8 @@ def decode_map(data: bytes, depths: tuple[int, ...] = (8,)) -> NDArray[np.uint8]
         depth, colour = data[24], data[25]
         if depth not in depths or colour != 0:
             found = f"{depth}-bit {_PNG_COLOURS.get(colour, f'colour type {colour}')}"
-            raise DecodeFault("map-format", f"is a {found} PNG, expected {' or '.join(map(str, depths))}-bit grey")
+            expected = " or ".join(f"{one}-bit" for one in depths)
+            raise DecodeFault("map-format", f"has {found} pixels, expected a PNG of {expected} grey")
         _check_png_chunks(data)
         _load(picture)
         return to_eight_bits(np.asarray(picture))

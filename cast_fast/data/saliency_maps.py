@@ -342,9 +342,9 @@ def make_maps(
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers: got {workers}, expected at least 1")
-    pairs, faults = find_pairs(images, None, leave_out=out)
     if images.resolve() == out.resolve():
         raise UserError(f"IMAGES and OUT are the same folder, {shown(images)}")
+    pairs, faults = find_pairs(images, None, leave_out=out)
     record = {**method.record, "tools": {"cast_fast": __version__, "opencv": cv2.__version__}}
     try:
         _claim(out, record)

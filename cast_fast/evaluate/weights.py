@@ -444,6 +444,7 @@ def _read_folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
     if state is None:
         raise UserError(f"{saved.path}: a checkpoint without query encoder, got {', '.join(saved.state)}")
     config = saved.config
+    progress: Mapping[str, Any] = saved.state.get("progress", {})
     return state, {
         "name": run.resolve().name,
         "arch": config.get("arch"),
@@ -451,6 +452,7 @@ def _read_folder(path: Path) -> tuple[Mapping[str, Any], dict[str, Any]]:
         "provenance": {
             "run": run.resolve().name,
             "step": saved.step,
+            **{name: progress[name] for name in ("total_steps", "processes", "batch_norm_groups") if name in progress},
             "fingerprint": saved.fingerprint,
             "config": config,
             "versions": saved.versions,
