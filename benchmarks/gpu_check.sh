@@ -165,7 +165,7 @@ phase_environment() {
 phase_tests() {
   needs pytest pytest_timeout hypothesis cv2 || return
   local workers=() ignored=() name
-  has xdist && workers=(--numprocesses 8 --dist worksteal)
+  has xdist && workers=(--numprocesses 6 --dist loadgroup)
   if [[ -n $(absent_of timm safetensors tensorboard) ]]; then
     for name in backgrounds downstream export grounding metrics probe; do ignored+=(--ignore "tests/test_$name.py"); done
   fi

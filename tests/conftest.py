@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import pytest
 
@@ -24,14 +25,27 @@ hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, max_
 hypothesis.settings.load_profile("ci")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    del config
+    if HAS_CUDA and config.pluginmanager.hasplugin("xdist"):
+        # Tens of gigabytes each: one after the other, in one process (--dist loadgroup).
+        for item in items:
+            if "beyond_31_bits" in item.name:
+                item.add_marker(pytest.mark.xdist_group("large"))
     if HAS_CUDA or os.environ.get("CAST_FAST_REQUIRE_GPU") == "1":
         return
     skip = pytest.mark.skip(reason="needs a CUDA device")
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def device_memory() -> Iterator[None]:
+    """Gives a GPU's memory back after each test: the processes of a parallel run share it."""
+    yield
+    if HAS_CUDA:
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

@@ -80,8 +80,9 @@ def assert_close(name: str, actual: Tensor, truth: Tensor, scale: Tensor | float
     assert actual.shape == truth.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if actual.numel() == 0:
         return
-    error = (actual.detach().to("cpu", torch.float64) - truth.detach().to("cpu", torch.float64)).abs()
-    bound = torch.as_tensor(scale, dtype=torch.float64).to("cpu").expand_as(error) * tolerance
+    # Where the results are: on a GPU they are large.
+    error = (actual.detach().double() - truth.detach().to(actual.device, torch.float64)).abs()
+    bound = torch.as_tensor(scale, dtype=torch.float64).to(actual.device).expand_as(error) * tolerance
     bad = ~(error <= bound)
     if bad.any():
         ratio = torch.where(bound > 0, error / bound, torch.inf)

@@ -45,7 +45,7 @@ SHAPES = [
     (1, 65, 6, 5),
     (1, 200, 3, 2),
 ]
-LARGE = [(256, 64, 112, 112), (64, 256, 56, 56), (33, 2048, 7, 7), (5, 130, 61, 67)]
+LARGE = [(64, 64, 112, 112), (64, 256, 56, 56), (33, 2048, 7, 7), (5, 130, 61, 67)]
 """For a compiled kernel only: the interpreter would take hours."""
 if not INTERPRETED:
     SHAPES += LARGE
@@ -87,34 +87,34 @@ def inputs(
 
     Vectors are (parts, C), or (C,) for 0.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
     channels = shape[1]
     small = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
 
     def maps(size: tuple[int, ...]) -> Tensor:
-        return torch.randn(size, generator=generator).to(dtype)
+        return torch.randn(size, generator=generator, device=device).to(dtype)
 
     def vector() -> Tensor:
-        return torch.randn((parts, channels) if parts else (channels,), generator=generator)
+        return torch.randn((parts, channels) if parts else (channels,), generator=generator, device=device)
 
     mean, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias = (vector() for _ in range(7))
-    scale = (0.5 + torch.rand(mean.shape, generator=generator)) * torch.where(vector() < -1, -1, 1)
+    scale = 0.5 + torch.rand(mean.shape, generator=generator, device=device)
+    scale = scale * torch.where(vector() < -1, -1, 1)
     x = maps(shape)
     centre, factor, level = (by_channel(v, len(x)) for v in (mean, scale, bias))
     z = (x.double() - centre.double()) * factor.double() + level.double()
     near = z.abs() < 1e-3
     x = torch.where(near, (centre + (1 - level) / factor).to(dtype), x)
-    choice = torch.randint(0, 9, small, generator=generator, dtype=torch.uint8)
+    choice = torch.randint(0, 9, small, generator=generator, dtype=torch.uint8, device=device)
     values = [x, maps(shape), maps(shape), maps(shape).relu(), maps(shape), maps(small), maps(small), inside(choice, x)]
-    values = [tensor.to(device).contiguous(memory_format=torch.channels_last) for tensor in values]
-    vectors = (mean, scale, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias)
-    return Inputs(*values, *(tensor.to(device) for tensor in vectors))
+    values = [tensor.contiguous(memory_format=torch.channels_last) for tensor in values]
+    return Inputs(*values, mean, scale, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias)
 
 
 def inside(choice: Tensor, x: Tensor) -> Tensor:
     """Choices that point out of the image replaced by the centre of their window."""
-    row = 2 * torch.arange(choice.shape[2])[:, None] - 1 + choice.int() // 3
-    column = 2 * torch.arange(choice.shape[3]) - 1 + choice.int() % 3
+    row = 2 * torch.arange(choice.shape[2], device=choice.device)[:, None] - 1 + choice.int() // 3
+    column = 2 * torch.arange(choice.shape[3], device=choice.device) - 1 + choice.int() % 3
     there = (row >= 0) & (row < x.shape[2]) & (column >= 0) & (column < x.shape[3])
     return torch.where(there, choice, torch.full_like(choice, 4))
 
