@@ -107,8 +107,9 @@ def inputs(
     x = torch.where(near, (centre + (1 - level) / factor).to(dtype), x)
     choice = torch.randint(0, 9, small, generator=generator, dtype=torch.uint8, device=device)
     values = [x, maps(shape), maps(shape), maps(shape).relu(), maps(shape), maps(small), maps(small), inside(choice, x)]
+    vectors = (mean, scale, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias)
     values = [tensor.contiguous(memory_format=torch.channels_last) for tensor in values]
-    return Inputs(*values, mean, scale, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias)
+    return Inputs(**{field.name: tensor for field, tensor in zip(dataclasses.fields(Inputs), (*values, *vectors))})
 
 
 def inside(choice: Tensor, x: Tensor) -> Tensor:

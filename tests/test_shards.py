@@ -12,14 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from nvidia.dali import fn as dali_fn
-from nvidia.dali import pipeline_def, types
 
 from cast_fast import train
 from cast_fast.config import PretrainConfig
 from cast_fast.data import layout, shards
 from cast_fast.data.batch import Batch
-from cast_fast.data.dali_loader import Augmentation, DaliLoader
 from cast_fast.data.layout import Dataset, Member
 from cast_fast.data.pack_sample import PackRule
 from cast_fast.data.prepare import prepare
@@ -28,6 +25,12 @@ from cast_fast.data.shards import ShardReader, scan_shards
 from cast_fast.data.synthetic import write_dataset
 from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+from nvidia.dali import fn as dali_fn
+from nvidia.dali import pipeline_def, types
+
+from cast_fast.data.dali_loader import Augmentation, DaliLoader
 
 fn: Any = dali_fn
 COUNT = 22

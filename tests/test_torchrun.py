@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import pytest
 import rank_checks
-import tiny_pretrain
 import torch
 from test_checkpoint import assert_equal_states
 
@@ -28,6 +27,9 @@ from cast_fast import checkpoint
 from cast_fast.config import PretrainConfig
 from cast_fast.data.sampling import GlobalOrder
 from cast_fast.data.synthetic import write_dataset
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+import tiny_pretrain
 
 SCENES = 18
 GLOBAL_BATCH = 8

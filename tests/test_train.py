@@ -26,10 +26,12 @@ from test_checkpoint import assert_equal_states
 from cast_fast import checkpoint, train
 from cast_fast.config import PretrainConfig
 from cast_fast.data.batch import Batch
-from cast_fast.data.dali_loader import DaliLoader
 from cast_fast.data.synthetic import write_dataset
 from cast_fast.errors import UserError
 from cast_fast.step import StepMetrics, TrainStep
+
+pytest.importorskip("nvidia.dali", reason="DALI is not installed")
+from cast_fast.data.dali_loader import DaliLoader
 
 TOTAL = 6
 
@@ -272,7 +274,6 @@ def test_groups_resume_bitwise(
         ({}, 8, None, 1, ""),
         ({"batch": 100}, 1, None, 1, "one group"),
         ({"batch": 32}, 1, None, 1, "one group"),
-        ({"batch_norm": "streaming"}, 1, None, 1, "one group"),
         ({"key_bn": "local"}, 1, None, 1, ""),
         ({"key_bn": "sync", "query_bn": "sync"}, 1, None, 1, ""),
         ({"batch_norm_groups": 4}, 1, None, 4, ""),
