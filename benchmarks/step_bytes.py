@@ -5,7 +5,7 @@
     python benchmarks/step_bytes.py --check --only NAME  exits 1 if a case is worse than the stored table
 
 ``cast_fast.forward.step_losses`` is traced with tensors that have no storage, lowered by Inductor for an H200 that is
-not there (``inductor_bytes``), and counted: graphs and graph breaks; for forward and backward pass the scheduled nodes
+not there (``inductor_bytes``), as ``TrainStep`` calls it (BatchNorm's counters apart), and counted: graphs and graph breaks; for forward and backward pass the scheduled nodes
 and the bytes of the buffers that each reads and writes, by kind; the activations kept in between. A buffer counts once
 a call, also the upstream gradient that cuDNN reads in two kernels for the two gradients of a convolution: what that
 adds stands beside it (``second_reading_bytes``). An operator of ``cast_kernels`` is one call; its partial sums, a few
@@ -44,12 +44,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from cast_fast.batch_counters import BatchCounters
 from cast_fast.data.batch import random_batch
 from cast_fast.encoder import cam_grid
 from cast_fast.forward import step_losses
 from cast_fast.max_pool import MaxPool2d
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
+from cast_fast.split_batch_norm import split_batch_norm
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static"
 BYTES_SLACK, NODES_SLACK = 0.005, 0.01
@@ -73,6 +75,10 @@ class Case:
     """``cast_fast.max_pool``."""
     batch_norm: str = "torch"
     """``torch`` or ``streaming``; see ``cast_fast.encoder.build_trunk``."""
+    groups: int = 1
+    """Of the batch, with BatchNorm statistics apart; keys are shuffled over them."""
+    joined: bool = False
+    """Keys and masked keys in one pass."""
     batch: int = 256
     size: int = 224
 
@@ -81,6 +87,8 @@ class Case:
         losses = [] if self.method == "trunk" else ["kernels" if self.kernels else "torch"]
         parts = [self.arch, self.method, *losses]
         parts += [] if self.batch_norm == "torch" else [self.batch_norm]
+        parts += [] if self.groups == 1 else [f"{self.groups} groups"]
+        parts += ["joined"] if self.joined else []
         return " ".join(parts if self.gathered else [*parts, "scattered"])
 
 
@@ -324,13 +332,17 @@ def _case(case: Case) -> Iterator[tuple[Any, list[Any], MoCo]]:
     for module in model.modules():
         if isinstance(module, MaxPool2d):
             module.gathered = case.gathered
+    if case.groups > 1 or case.joined:
+        split_batch_norm(model.query, case.groups)
+        split_batch_norm(model.key, case.groups, passes=2 if case.joined else 1)
     grid = cam_grid(case.arch, case.size)
     _without_storage(model, mode)
     with mode:
         batch = random_batch(case.batch, case.size, grid, "cpu", attention=case.method == "cast")
         scale, shift = torch.ones(1, 3, 1, 1), torch.ones(1, 3, 1, 1)
         maps = [batch.key_mask, batch.query_saliency, batch.weight]
-        rest = [scale, shift, Objective(attention=case.method == "cast"), torch.bfloat16, case.kernels]
+        rest = [scale, shift, Objective(attention=case.method == "cast"), torch.bfloat16, case.kernels, case.joined]
+        rest += [case.groups, None if case.groups == 1 else torch.zeros(2, case.batch, dtype=torch.int64)]
         if case.method == "trunk":
             yield _trunk_only, [model.query.trunk, batch.query, scale, shift], model
         else:
@@ -363,7 +375,9 @@ def count_compiled(case: Case) -> tuple[int, int, list[Graph]]:
     with (
         inductor_bytes.pretended_gpu(),
         torch._functorch.config.patch(options),
-        _case(case) as (function, arguments, _),
+        _case(case) as (function, arguments, model),
+        BatchCounters(model.query).apart(),
+        BatchCounters(model.key).apart(),
     ):
         torch.compile(function, backend=backend, dynamic=False)(*arguments)
     return graphs, sum(counters["graph_break"].values()), found
