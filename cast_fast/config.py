@@ -231,8 +231,6 @@ class PretrainConfig:
             raise UserError(f"--batch-norm-groups: got {groups}, expected a divisor of --batch {self.batch}")
         if self.key_bn == self.query_bn == "sync":
             raise UserError(f"--batch-norm-groups: got {groups} with --key-bn sync --query-bn sync, expected 1 or 0")
-        if self.batch_norm == "streaming":
-            raise UserError(f"--batch-norm-groups: got {groups} with --batch-norm streaming, expected 1 or 0")
 
     def _require(self, name: str, holds: bool, expected: str) -> None:
         if not holds:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from cast_fast import distributed
+from cast_fast.batch_counters import BatchCounters
 from cast_fast.forward import step_losses
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
@@ -169,8 +170,8 @@ class TrainStep:
         kernels: use the fused losses of ``cast_kernels``.
         clip_grad: largest norm of the gradient, 0 for no clipping.
         join_keys: embed keys and masked keys in one pass of the key encoder, each with its own BatchNorm statistics
-            (``split_batch_norm``): the same numbers up to rounding, fewer and larger convolutions. On one rank, with
-            torch's BatchNorm; without attention loss there is nothing to join.
+            (``split_batch_norm``): the same numbers up to rounding, fewer and larger convolutions. On one rank;
+            without attention loss there is nothing to join.
         compile_mode: torch.compile's ``mode``. With one that records CUDA graphs (``"reduce-overhead"``,
             ``"max-autotune"``) the metrics are copied out of the graphs' memory.
         ranks: ranks and groups of their batches (``parallel.RankSettings``); by default one of one.
@@ -224,6 +225,8 @@ class TrainStep:
         self.join_keys = join_keys and objective.attention
         self._settings = ranks
         set_batch_norms(model, ranks, key_passes=2 if self.join_keys else 1)
+        self._query_counters = BatchCounters(model.query)
+        self._key_counters = BatchCounters(model.key, passes=2 if objective.attention else 1)
         self._losses = step_losses
         if compile:
             mode = None if compile_mode == "default" else compile_mode
@@ -276,22 +279,23 @@ class TrainStep:
             return self._take(batch, lr, self._ranks, report)
         if self._recorded:
             torch.compiler.cudagraph_mark_step_begin()
-        losses, keys, empty_key_mask = self._losses(
-            self.model,
-            batch.query,
-            batch.key,
-            batch.key_mask if attention else None,
-            batch.query_saliency if attention else None,
-            batch.weight if attention else None,
-            self._scale,
-            self._shift,
-            self.objective,
-            self.dtype,
-            self.kernels,
-            self.join_keys,
-            self._settings.query_groups,
-            self._order(batch.key),
-        )
+        with self._query_counters.apart(), self._key_counters.apart():
+            losses, keys, empty_key_mask = self._losses(
+                self.model,
+                batch.query,
+                batch.key,
+                batch.key_mask if attention else None,
+                batch.query_saliency if attention else None,
+                batch.weight if attention else None,
+                self._scale,
+                self._shift,
+                self.objective,
+                self.dtype,
+                self.kernels,
+                self.join_keys,
+                self._settings.query_groups,
+                self._order(batch.key),
+            )
         self.number += 1
         losses.loss.backward()
         loss = losses.loss.detach()
@@ -328,7 +332,8 @@ class TrainStep:
 
     def _take(self, batch: Batch, lr: float, ranks: ParallelLosses, report: Tensor | None) -> StepMetrics:
         """The step on many ranks: the same, but that losses and counts are those of the global batch."""
-        losses, keys, empty_key_mask = ranks(batch, self.number)
+        with self._query_counters.apart(), self._key_counters.apart():
+            losses, keys, empty_key_mask = ranks(batch, self.number)
         self.number += 1
         losses.loss.backward()
         size = distributed.world_size()

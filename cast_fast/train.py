@@ -367,7 +367,7 @@ def batch_norm_groups(config: PretrainConfig, processes: int, begun: dict[str, A
     if processes > 1 or config.key_bn != "shuffle":
         return 1
     groups = config.batch // GROUP_SIZE
-    if config.batch % GROUP_SIZE or groups == 1 or config.batch_norm == "streaming":
+    if config.batch % GROUP_SIZE or groups == 1:
         logger.info(
             "BatchNorm: one group: query and key share batch statistics that the queue's negatives lack, by which the "
             "encoder can tell the key; --batch-norm-groups G, a divisor of --batch, prevents it"

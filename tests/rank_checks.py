@@ -102,7 +102,7 @@ class GroupedBatchNorm(nn.BatchNorm2d):
     groups: list[Tensor]
 
     def forward(self, input: Tensor) -> Tensor:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None and self.running_var is not None
         result = torch.empty_like(input)
         means, variances = [], []
         for group in self.groups:
@@ -116,7 +116,6 @@ class GroupedBatchNorm(nn.BatchNorm2d):
         with torch.no_grad():
             self.running_mean.copy_(torch.stack(means).mean(0))
             self.running_var.copy_(torch.stack(variances).mean(0))
-            self.num_batches_tracked.add_(1)
         return result
 
 

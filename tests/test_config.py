@@ -56,7 +56,6 @@ def test_preset_fills_and_flags_win() -> None:
         ({"batch_norm_groups": -1}, "--batch-norm-groups: got -1, expected at least 0"),
         ({"batch_norm_groups": 3}, "--batch-norm-groups: got 3, expected a divisor of --batch 256"),
         ({"batch_norm_groups": 2, "key_bn": "sync", "query_bn": "sync"}, "--batch-norm-groups: got 2 with --key-bn"),
-        ({"batch_norm_groups": 2, "batch_norm": "streaming"}, "--batch-norm-groups: got 2 with --batch-norm streaming"),
         ({"queue_size": 255}, "--queue-size"),
         ({"temperature": 0.0}, "--temperature"),
         ({"momentum": 1.0}, "--momentum"),

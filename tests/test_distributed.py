@@ -119,7 +119,7 @@ def test_groups_in_one_process_are_ranks(ranks: list[dict[str, Any]], name: str)
     found = ranks[0][name]
     for part in ("gradients", "state"):
         assert_close(found[part], expected[part])
-    assert_close(*({"metrics": run["metrics"].nan_to_num(-1)} for run in (found, expected)))
+    assert_close({"metrics": found["metrics"].nan_to_num(-1)}, {"metrics": expected["metrics"].nan_to_num(-1)})
     # It matters: with one group, or dealt out otherwise, it is another run.
     others: list[dict[str, Any]] = [{"groups": 1}]
     if alone.groups < GLOBAL_BATCH:  # groups of one sample are the same however they are dealt out

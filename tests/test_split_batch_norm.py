@@ -10,9 +10,13 @@ import torch
 from test_step import batch_of, differing, snapshot, tiny_step
 from torch import nn
 
-from cast_fast.encoder import build_trunk
+from cast_fast.data.batch import random_batch
+from cast_fast.moco import MoCo
+from cast_fast.objective import Objective
+from cast_fast.optim import build_optimizer
 from cast_fast.parallel import RankSettings
 from cast_fast.split_batch_norm import SplitBatchNorm2d, split_batch_norm
+from cast_fast.step import TrainStep
 from cast_fast.sync_batch_norm import SyncBatchNorm2d
 
 
@@ -88,10 +92,27 @@ def test_what_cannot_be_split_is_refused() -> None:
     for norm in (SyncBatchNorm2d(3), nn.BatchNorm1d(3), nn.BatchNorm2d(3, momentum=None)):
         with pytest.raises(ValueError, match=r"expected nn\.BatchNorm2d with a momentum"):
             split_batch_norm(nn.Sequential(norm), 2)
-    with torch.device("meta"):
-        trunk = build_trunk("resnet18", "streaming")[0]
-    with pytest.raises(ValueError, match="got a streaming trunk"):
-        split_batch_norm(trunk, 2)
+
+
+def test_streaming_step_with_joined_keys_has_the_same_groups() -> None:
+    """Every tensor of a checkpoint after two steps in float64, against torch's trunk and two passes for the keys."""
+
+    def build(batch_norm: str, join: bool) -> TrainStep:
+        model = MoCo("resnet18", dim=8, head="linear", queue_size=8, batch_norm=batch_norm).double()
+        return TrainStep(
+            model, build_optimizer(model.query.parameters(), 0.01), objective=Objective(), compile=False,
+            precision="fp32", join_keys=join, ranks=RankSettings(groups=2),
+        )  # fmt: skip
+
+    plain, streaming = build("torch", join=False), build("streaming", join=True)
+    for seed in range(2):
+        batch = random_batch(4, 64, (2, 2), "cpu", seed=seed)
+        for step in (plain, streaming):
+            step(batch, 0.01)
+    expected, found = snapshot(plain), snapshot(streaming)
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-8, atol=1e-10, msg=name)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
