@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ pytest.importorskip("nvidia.dali")
 if (_reason := dali_plugin.unavailable_reason()) is not None:
     pytest.skip(_reason, allow_module_level=True)
 
+CSRC = Path(__file__).resolve().parents[1] / "kernels" / "csrc"
 NO_DEVICE: Any = None  # DALI's stub asks for an int
 IDENTITY = np.eye(3, 4, dtype=np.float32)
 # Height, width and side: far smaller, about as large as and larger than the view, down to single pixels and lines.
@@ -149,6 +152,74 @@ def test_threads_change_nothing() -> None:
         one, three = (run(operator, *feeds, threads=threads, **arguments) for threads in (1, 3))
         for first, second in zip(one, three, strict=True):
             assert all(np.array_equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+_LANES = r"""
+#include "crop_views.h"
+#include <cstdio>
+#include <random>
+
+using namespace cast_fast;
+
+int main() {
+  std::mt19937 random(7);
+  auto uniform = [&](int low, int high) { return low + static_cast<int>(random() % (high - low + 1)); };
+  for (int round = 0; round < 400; round++) {
+    const int height = uniform(1, round % 2 ? 9 : 70), width = uniform(1, round % 3 ? 90 : 7), size = uniform(1, 41);
+    // exactly as large as the picture, so that a sanitizer sees what is read or written beside it
+    std::vector<uint8_t> image(3 * height * width), map(height * width);
+    for (auto &value : image) value = static_cast<uint8_t>(random());
+    for (auto &value : map) value = static_cast<uint8_t>(random());
+    float corners[4] = {uniform(0, 90) / 100.f, uniform(0, 90) / 100.f};
+    corners[2] = corners[0] + uniform(1, 100 - static_cast<int>(100 * corners[0])) / 100.f;
+    corners[3] = corners[1] + uniform(1, 100 - static_cast<int>(100 * corners[1])) / 100.f;
+    const Span window = Scaled(corners, height, width);
+    float colour[kColourNumbers];
+    for (auto &value : colour) value = uniform(-150, 150) / 100.f;
+    const Taps down = TriangleTaps(window.y0, window.y1, height, size);
+    const Taps across = TriangleTaps(window.x0, window.x1, width, size);
+    const int rows = uniform(1, 11), columns = uniform(1, 11);
+    const Taps cells_down = AreaTaps(window.y0, window.y1, height, rows);
+    const Taps cells_across = AreaTaps(window.x0, window.x1, width, columns);
+    std::vector<uint8_t> view[2], mask[2];
+    std::vector<float> share[2];
+    for (int wide = 0; wide < 2; wide++) {
+      view[wide].resize(3 * size * size);
+      mask[wide].resize(size * size);
+      share[wide].resize(rows * columns);
+      const float *colours = round % 5 ? colour : nullptr;
+      auto *view_rows = wide ? detail::ViewRowsHere : detail::ViewRows<4>;
+      auto *mask_rows = wide ? detail::MaskRowsHere : detail::MaskRows<4>;
+      auto *share_rows = wide ? detail::ShareRowsHere : detail::ShareRows<4>;
+      view_rows(image.data(), width, down, across, size, round % 4 == 0, colours, view[wide].data());
+      mask_rows(map.data(), width, down, across, size, round % 4 == 1, mask[wide].data());
+      share_rows(map.data(), width, cells_down, cells_across, rows, columns, round % 4 == 2, share[wide].data());
+    }
+    if (view[0] != view[1] || mask[0] != mask[1] || share[0] != share[1]) return std::printf("round %d\\n", round), 1;
+  }
+  return 0;
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["-fsanitize=address,undefined", "-fno-sanitize-recover"]], ids=["", "sanitized"]
+)
+def test_every_processor_makes_the_same_bytes(flags: list[str], tmp_path: Path) -> None:
+    """Four rows at a time, as processors without AVX2 do it, against what this one does."""
+    try:
+        compiler = dali_plugin.find_toolchain().compiler
+    except dali_plugin.PluginError as error:
+        pytest.skip(str(error))
+    source, program = tmp_path / "lanes.cc", tmp_path / "lanes"
+    source.write_text(_LANES)
+    command = [compiler, "-std=c++20", "-O2", "-ffp-contract=off", *flags, f"-I{CSRC}", source, "-o", program]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode != 0 and flags:
+        pytest.skip(f"the compiler has no sanitizers: {built.stderr[-200:]}")
+    assert built.returncode == 0, built.stderr
+    done = subprocess.run([program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 GOOD = Case(20, 30, 1)

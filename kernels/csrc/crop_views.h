@@ -17,18 +17,10 @@
 #include <cstring>
 #include <vector>
 
-// The inner loops also for processors that are newer than the compiler's default target, chosen at load.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define CAST_CLONES __attribute__((target_clones("avx2", "default")))
-#else
-#define CAST_CLONES
-#endif
-
 namespace cast_fast {
 
 constexpr int kColourNumbers = 12;  // of a view: rows of a 3 x 4 matrix, [R' G' B'] = M [R G B 1], on 0 to 255
 constexpr float kIdentity[kColourNumbers] = {1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0};
-constexpr int kRowsAtOnce = 4;
 
 // A window on a grid of pixels, not necessarily whole ones: [y0, y1) x [x0, x1).
 struct Span {
@@ -101,91 +93,255 @@ inline Taps AreaTaps(double low, double high, int32_t length, int32_t size) {
 
 namespace detail {
 
-// sums[j] (+)= sum over four rows of weight * value. `shift` 7 makes a value its top bit, which says "salient"; 0 keeps it.
-CAST_CLONES inline void AddRows(const uint8_t *const *rows, const float *weights, int32_t shift, bool fresh,
-                                int32_t length, float *sums) {
-  const uint8_t *a = rows[0], *b = rows[1], *c = rows[2], *d = rows[3];
-  const float wa = weights[0], wb = weights[1], wc = weights[2], wd = weights[3];
-  if (fresh) std::memset(sums, 0, sizeof(float) * length);
-  for (int32_t j = 0; j < length; j++) {
-    sums[j] += (wa * static_cast<float>(a[j] >> shift) + wb * static_cast<float>(b[j] >> shift)) +
-               (wc * static_cast<float>(c[j] >> shift) + wd * static_cast<float>(d[j] >> shift));
-  }
+#define CAST_INLINE inline __attribute__((always_inline))
+#ifdef __clang__
+#define CAST_SHUFFLE(which, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define CAST_SHUFFLE(which, a, b, ...) __builtin_shuffle(a, b, which{__VA_ARGS__})
+#endif
+
+// As many rows of the output as a vector has lanes are made at a time, so that both passes work on whole vectors: the
+// vertical one blends rows of the input; a transposition puts the rows' values of a column side by side; the horizontal
+// one blends columns. A value is made by the same operations whatever the number of lanes.
+template <int lanes>
+struct Vector {
+  typedef float Floats __attribute__((vector_size(4 * lanes)));
+  typedef int32_t Ints __attribute__((vector_size(4 * lanes)));
+  typedef Floats FloatsInMemory __attribute__((aligned(4), may_alias));
+  typedef Ints IntsInMemory __attribute__((aligned(4), may_alias));
+};
+template <int lanes>
+using Floats = typename Vector<lanes>::Floats;
+template <int lanes>
+using Ints = typename Vector<lanes>::Ints;
+
+template <int lanes>
+CAST_INLINE const typename Vector<lanes>::FloatsInMemory &At(const float *values) {
+  return *reinterpret_cast<const typename Vector<lanes>::FloatsInMemory *>(values);
 }
 
-// One row of the vertical pass: `length` values of the input rows that `taps` names for output row i.
-inline void BlendRows(const uint8_t *pixels, int64_t pitch, const Taps &taps, int32_t i, int32_t shift, int32_t length,
-                      float *sums) {
-  for (int32_t k = 0; k < taps.count; k += kRowsAtOnce) {
-    const uint8_t *rows[kRowsAtOnce];
-    float weights[kRowsAtOnce];
-    for (int32_t n = 0; n < kRowsAtOnce; n++) {
-      const bool there = k + n < taps.count;
-      rows[n] = pixels + pitch * (taps.first[i] + (there ? k + n : k));
-      weights[n] = there ? taps.of(i)[k + n] : 0.0f;
+template <int lanes>
+CAST_INLINE void Store(const Floats<lanes> &value, float *out) {
+  *reinterpret_cast<typename Vector<lanes>::FloatsInMemory *>(out) = value;
+}
+
+template <int lanes>
+CAST_INLINE void Store(const Ints<lanes> &value, int32_t *out) {
+  *reinterpret_cast<typename Vector<lanes>::IntsInMemory *>(out) = value;
+}
+
+template <int lanes>
+CAST_INLINE void Transpose(Floats<lanes> *rows) {
+  static_assert(lanes == 4 || lanes == 8);
+  Floats<lanes> pairs[lanes], fours[lanes];
+  if constexpr (lanes == 4) {
+    for (int n = 0; n < 4; n += 2) {
+      pairs[n] = CAST_SHUFFLE(Ints<lanes>, rows[n], rows[n + 1], 0, 4, 1, 5);
+      pairs[n + 1] = CAST_SHUFFLE(Ints<lanes>, rows[n], rows[n + 1], 2, 6, 3, 7);
     }
-    AddRows(rows, weights, shift, k == 0, length, sums);
-  }
-}
-
-typedef float Four __attribute__((vector_size(16)));
-typedef int32_t FourInts __attribute__((vector_size(16)));
-
-// Rounded to the nearest whole number, halves upwards, within 0 to 255.
-inline FourInts Rounded(Four value) {
-  const Four zero = {0, 0, 0, 0}, top = {255, 255, 255, 255};
-  value = value < zero ? zero : value;
-  value = value > top ? top : value;
-  return __builtin_convertvector(value + 0.5f, FourInts);
-}
-
-// The horizontal pass and the colours of one row of a view: `size` RGB pixels from interleaved sums, of which one
-// value beyond the last pixel must be readable. `colour` is null where nothing changes.
-CAST_CLONES inline void FinishRow(const float *sums, int32_t begin, const Taps &taps, int32_t size, bool mirrored,
-                                  const float *colour, uint8_t *out) {
-  const int32_t count = taps.count;
-  const float *weights = taps.weights.data();
-  Four red = {0, 0, 0, 0}, green = red, blue = red, offset = red;
-  if (colour != nullptr) {
-    red = Four{colour[0], colour[4], colour[8], 0};
-    green = Four{colour[1], colour[5], colour[9], 0};
-    blue = Four{colour[2], colour[6], colour[10], 0};
-    offset = Four{colour[3], colour[7], colour[11], 0};
-  }
-  for (int32_t i = 0; i < size; i++, weights += count) {
-    const float *from = sums + 3 * static_cast<int64_t>(taps.first[i] - begin);
-    Four sum = {0, 0, 0, 0};
-    for (int32_t k = 0; k < count; k++) {
-      Four pixel;
-      std::memcpy(&pixel, from + 3 * k, sizeof(pixel));
-      sum += pixel * weights[k];
+    for (int i = 0; i < 2; i++) {
+      rows[2 * i] = CAST_SHUFFLE(Ints<lanes>, pairs[i], pairs[i + 2], 0, 1, 4, 5);
+      rows[2 * i + 1] = CAST_SHUFFLE(Ints<lanes>, pairs[i], pairs[i + 2], 2, 3, 6, 7);
     }
-    FourInts value = Rounded(sum);
-    if (colour != nullptr) {
-      const Four whole = __builtin_convertvector(value, Four);
-      value = Rounded(red * whole[0] + green * whole[1] + blue * whole[2] + offset);
+  } else {
+    for (int n = 0; n < 8; n += 2) {
+      pairs[n] = CAST_SHUFFLE(Ints<lanes>, rows[n], rows[n + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+      pairs[n + 1] = CAST_SHUFFLE(Ints<lanes>, rows[n], rows[n + 1], 2, 10, 3, 11, 6, 14, 7, 15);
     }
-    uint8_t *pixel = out + 3 * static_cast<int64_t>(mirrored ? size - 1 - i : i);
-    for (int32_t channel = 0; channel < 3; channel++) pixel[channel] = static_cast<uint8_t>(value[channel]);
+    for (int n = 0; n < 8; n += 4) {
+      for (int i = 0; i < 2; i++) {
+        fours[n + 2 * i] = CAST_SHUFFLE(Ints<lanes>, pairs[n + i], pairs[n + i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+        fours[n + 2 * i + 1] = CAST_SHUFFLE(Ints<lanes>, pairs[n + i], pairs[n + i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+      }
+    }
+    for (int n = 0; n < 4; n++) {
+      rows[n] = CAST_SHUFFLE(Ints<lanes>, fours[n], fours[n + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+      rows[n + 4] = CAST_SHUFFLE(Ints<lanes>, fours[n], fours[n + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
   }
 }
 
-CAST_CLONES inline void FinishMaskRow(const float *sums, int32_t begin, const Taps &taps, int32_t size, bool mirrored,
-                                      uint8_t *out) {
-  const int32_t count = taps.count;
-  const float *weights = taps.weights.data();
-  for (int32_t i = 0; i < size; i++, weights += count) {
-    const float *from = sums + (taps.first[i] - begin);
-    float sum = 0;
-    for (int32_t k = 0; k < count; k++) sum += from[k] * weights[k];
-    out[mirrored ? size - 1 - i : i] = sum > 0.5f;
+// Room of this thread for `columns` columns of `lanes` rows.
+template <int lanes, typename T>
+T *Scratch(int32_t columns) {
+  thread_local std::vector<T> scratch;
+  const size_t needed = static_cast<size_t>(columns + lanes) * lanes;
+  if (scratch.size() < needed) scratch.resize(needed);
+  return scratch.data();
+}
+
+// `lanes` bytes as numbers, or `left` where not `whole`.
+template <int lanes, bool whole>
+CAST_INLINE void Load(const uint8_t *from, int32_t left, Ints<lanes> &values) {
+  values = Ints<lanes>{};
+  if constexpr (whole && lanes == 4) {
+    // written out: compilers make eight bytes one instruction, but load four one by one
+    std::memcpy(&values, from, 4);
+    typedef uint8_t Bytes __attribute__((vector_size(16)));
+    const Bytes zero = {}, bytes = reinterpret_cast<Bytes>(values);
+    const Bytes pairs = CAST_SHUFFLE(Bytes, bytes, zero, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    values = reinterpret_cast<Ints<lanes>>(
+        CAST_SHUFFLE(Bytes, pairs, zero, 0, 1, 16, 17, 2, 3, 18, 19, 4, 5, 20, 21, 6, 7, 22, 23));
+  } else {
+    for (int j = 0; j < (whole ? lanes : left); j++) values[j] = from[j];
   }
 }
 
-inline std::vector<float> &Scratch() {
-  thread_local std::vector<float> scratch;
-  return scratch;
+// `lanes` columns of the vertical pass, or `left` of them where not `whole`: `rows` points at the first value that each
+// output row is made of, `weights` holds the rows' weights of each of their `count` values. A value counts `shift` bits
+// less: 7 keeps the top bit, which says "salient".
+template <int lanes, int shift, bool whole>
+CAST_INLINE void BlendColumns(const uint8_t *const *rows, int64_t pitch, const float *weights, int32_t count,
+                              int32_t left, float *out) {
+  Floats<lanes> sums[lanes] = {};
+  for (int32_t k = 0; k < count; k++, weights += lanes) {
+#pragma GCC unroll 8
+    for (int n = 0; n < lanes; n++) {
+      const uint8_t *from = rows[n] + pitch * k;
+      Ints<lanes> values;
+      Load<lanes, whole>(from, left, values);
+      sums[n] += __builtin_convertvector(values >> shift, Floats<lanes>) * weights[n];
+    }
+  }
+  Transpose<lanes>(sums);
+  for (int n = 0; n < lanes; n++) Store<lanes>(sums[n], out + lanes * n);
 }
+
+// The vertical pass of the output rows from `row` on, those beyond the last one repeating it: `length` columns of
+// values from column `begin` on, column by column.
+template <int lanes, int shift>
+CAST_INLINE const float *Blend(const uint8_t *pixels, int64_t pitch, int64_t begin, int32_t length, const Taps &down,
+                               int32_t row, int32_t size) {
+  float *out = Scratch<lanes, float>(length + down.count), *weights = out;
+  const float *const sums = out += static_cast<int64_t>(down.count) * lanes;
+  const uint8_t *rows[lanes];
+  for (int n = 0; n < lanes; n++) {
+    const int32_t i = std::min(row + n, size - 1);
+    rows[n] = pixels + pitch * down.first[i] + begin;
+    for (int32_t k = 0; k < down.count; k++) weights[lanes * k + n] = down.of(i)[k];
+  }
+  int32_t at = 0;
+  for (; at + lanes <= length; at += lanes, out += lanes * lanes) {
+    BlendColumns<lanes, shift, true>(rows, pitch, weights, down.count, lanes, out);
+    for (int n = 0; n < lanes; n++) rows[n] += lanes;
+  }
+  if (at < length) BlendColumns<lanes, shift, false>(rows, pitch, weights, down.count, length - at, out);
+  return sums;
+}
+
+// The nearest whole number, halves upwards; of values that are not below -1/2.
+template <int lanes>
+CAST_INLINE void Round(const Floats<lanes> &value, Ints<lanes> &whole) {
+  whole = __builtin_convertvector(value + 0.5f, Ints<lanes>);
+}
+
+// The nearest whole number within 0 to 255 of red, green and blue times a row of the colours' matrix.
+template <int lanes>
+CAST_INLINE void Mix(const Floats<lanes> *pixel, const float *row, Ints<lanes> &mixed) {
+  const Ints<lanes> zero = {}, top = zero + 255;
+  Round<lanes>(pixel[0] * row[0] + pixel[1] * row[1] + pixel[2] * row[2] + row[3], mixed);
+  mixed = mixed > zero ? mixed : zero;
+  mixed = mixed < top ? mixed : top;
+}
+
+template <int lanes>
+CAST_INLINE void ViewRows(const uint8_t *image, int32_t width, const Taps &down, const Taps &across, int32_t size,
+                          bool mirrored, const float *colour, uint8_t *view) {
+  const int32_t begin = across.begin(), length = 3 * (across.end() - begin), count = across.count;
+  int32_t *line = Scratch<lanes, int32_t>(size);
+  for (int32_t y = 0; y < size; y += lanes) {
+    const float *sums = Blend<lanes, 0>(image, 3 * static_cast<int64_t>(width), 3 * static_cast<int64_t>(begin), length,
+                                        down, y, size);
+    for (int32_t x = 0; x < size; x++) {
+      const int32_t from = mirrored ? size - 1 - x : x;
+      const float *column = sums + 3 * lanes * static_cast<int64_t>(across.first[from] - begin);
+      const float *weights = across.of(from);
+      Floats<lanes> pixel[3] = {};
+      for (int32_t k = 0; k < count; k++, column += 3 * lanes) {
+        for (int channel = 0; channel < 3; channel++)
+          pixel[channel] += At<lanes>(column + lanes * channel) * weights[k];
+      }
+      // averages of bytes, so that they need no clamping
+      Ints<lanes> bytes[3];
+      for (int channel = 0; channel < 3; channel++) Round<lanes>(pixel[channel], bytes[channel]);
+      if (colour != nullptr) {
+        for (int channel = 0; channel < 3; channel++)
+          pixel[channel] = __builtin_convertvector(bytes[channel], Floats<lanes>);
+        for (int channel = 0; channel < 3; channel++) Mix<lanes>(pixel, colour + 4 * channel, bytes[channel]);
+      }
+      Store<lanes>(bytes[0] | bytes[1] << 8 | bytes[2] << 16, line + lanes * x);
+    }
+    for (int32_t n = 0; n < std::min(lanes, size - y); n++, view += 3 * static_cast<int64_t>(size)) {
+      // bytes of a little-endian number; the fourth one is overwritten by the next pixel
+      for (int32_t x = 0; x + 1 < size; x++) std::memcpy(view + 3 * x, line + lanes * x + n, 4);
+      std::memcpy(view + 3 * (size - 1), line + lanes * (size - 1) + n, 3);
+    }
+  }
+}
+
+template <int lanes>
+CAST_INLINE void MaskRows(const uint8_t *map, int32_t width, const Taps &down, const Taps &across, int32_t size,
+                          bool mirrored, uint8_t *mask) {
+  const int32_t begin = across.begin(), count = across.count;
+  int32_t *line = Scratch<lanes, int32_t>(size);
+  for (int32_t y = 0; y < size; y += lanes) {
+    const float *sums = Blend<lanes, 7>(map, width, begin, across.end() - begin, down, y, size);
+    for (int32_t x = 0; x < size; x++) {
+      const int32_t from = mirrored ? size - 1 - x : x;
+      const float *column = sums + lanes * static_cast<int64_t>(across.first[from] - begin);
+      const float *weights = across.of(from);
+      Floats<lanes> share = {};
+      for (int32_t k = 0; k < count; k++, column += lanes) share += At<lanes>(column) * weights[k];
+      Store<lanes>((share > 0.5f) & 1, line + lanes * x);
+    }
+    for (int32_t n = 0; n < std::min(lanes, size - y); n++, mask += size) {
+      for (int32_t x = 0; x < size; x++) mask[x] = static_cast<uint8_t>(line[lanes * x + n]);
+    }
+  }
+}
+
+template <int lanes>
+CAST_INLINE void ShareRows(const uint8_t *map, int32_t width, const Taps &down, const Taps &across, int32_t rows,
+                           int32_t columns, bool mirrored, float *share) {
+  const int32_t begin = across.begin(), count = across.count;
+  for (int32_t y = 0; y < rows; y += lanes) {
+    const float *sums = Blend<lanes, 7>(map, width, begin, across.end() - begin, down, y, rows);
+    for (int32_t x = 0; x < columns; x++) {
+      const float *column = sums + lanes * static_cast<int64_t>(across.first[x] - begin);
+      const float *weights = across.of(x);
+      Floats<lanes> sum = {};
+      for (int32_t k = 0; k < count; k++, column += lanes) sum += At<lanes>(column) * weights[k];
+      for (int32_t n = 0; n < std::min(lanes, rows - y); n++)
+        share[(y + n) * columns + (mirrored ? columns - 1 - x : x)] = std::min(sum[n], 1.0f);
+    }
+  }
+}
+
+// Each for the processor that it runs on. Four lanes are what every 64-bit processor has.
+#if defined(__x86_64__)
+#define CAST_DISPATCH(name, parameters, ...)                                                \
+  __attribute__((target("avx2"))) inline void name##Avx2 parameters { name<8>(__VA_ARGS__); } \
+  inline void name##Here parameters {                                                       \
+    static const bool avx2 = __builtin_cpu_supports("avx2");                                \
+    avx2 ? name##Avx2(__VA_ARGS__) : name<4>(__VA_ARGS__);                                  \
+  }
+#else
+#define CAST_DISPATCH(name, parameters, ...) \
+  inline void name##Here parameters { name<4>(__VA_ARGS__); }
+#endif
+CAST_DISPATCH(ViewRows,
+              (const uint8_t *image, int32_t width, const Taps &down, const Taps &across, int32_t size, bool mirrored,
+               const float *colour, uint8_t *view),
+              image, width, down, across, size, mirrored, colour, view)
+CAST_DISPATCH(MaskRows,
+              (const uint8_t *map, int32_t width, const Taps &down, const Taps &across, int32_t size, bool mirrored,
+               uint8_t *mask),
+              map, width, down, across, size, mirrored, mask)
+CAST_DISPATCH(ShareRows,
+              (const uint8_t *map, int32_t width, const Taps &down, const Taps &across, int32_t rows, int32_t columns,
+               bool mirrored, float *share),
+              map, width, down, across, rows, columns, mirrored, share)
+#undef CAST_DISPATCH
 
 }  // namespace detail
 
@@ -194,15 +350,8 @@ inline void MakeView(const uint8_t *image, int32_t height, int32_t width, const 
                      bool mirrored, const float *colour, uint8_t *view) {
   const Taps down = TriangleTaps(window.y0, window.y1, height, size);
   const Taps across = TriangleTaps(window.x0, window.x1, width, size);
-  const int32_t begin = across.begin(), length = 3 * (across.end() - begin);
   if (colour != nullptr && std::memcmp(colour, kIdentity, sizeof(kIdentity)) == 0) colour = nullptr;
-  auto &sums = detail::Scratch();
-  sums.assign(length + 1, 0.0f);
-  const int64_t pitch = 3 * static_cast<int64_t>(width);
-  for (int32_t y = 0; y < size; y++) {
-    detail::BlendRows(image + 3 * static_cast<int64_t>(begin), pitch, down, y, 0, length, sums.data());
-    detail::FinishRow(sums.data(), begin, across, size, mirrored, colour, view + static_cast<int64_t>(y) * size * 3);
-  }
+  detail::ViewRowsHere(image, width, down, across, size, mirrored, colour, view);
 }
 
 // The mask: (size, size), 1 where more than half of what the filter sees is salient.
@@ -210,13 +359,7 @@ inline void MakeMask(const uint8_t *map, int32_t height, int32_t width, const Sp
                      uint8_t *mask) {
   const Taps down = TriangleTaps(window.y0, window.y1, height, size);
   const Taps across = TriangleTaps(window.x0, window.x1, width, size);
-  const int32_t begin = across.begin(), length = across.end() - begin;
-  auto &sums = detail::Scratch();
-  sums.assign(length, 0.0f);
-  for (int32_t y = 0; y < size; y++) {
-    detail::BlendRows(map + begin, width, down, y, 7, length, sums.data());
-    detail::FinishMaskRow(sums.data(), begin, across, size, mirrored, mask + static_cast<int64_t>(y) * size);
-  }
+  detail::MaskRowsHere(map, width, down, across, size, mirrored, mask);
 }
 
 // The share of salient area in each cell: (rows, columns).
@@ -224,17 +367,7 @@ inline void MakeShare(const uint8_t *map, int32_t height, int32_t width, const S
                       int32_t columns, bool mirrored, float *share) {
   const Taps down = AreaTaps(window.y0, window.y1, height, rows);
   const Taps across = AreaTaps(window.x0, window.x1, width, columns);
-  const int32_t begin = across.begin(), length = across.end() - begin;
-  auto &sums = detail::Scratch();
-  sums.assign(length, 0.0f);
-  for (int32_t y = 0; y < rows; y++) {
-    detail::BlendRows(map + begin, width, down, y, 7, length, sums.data());
-    for (int32_t x = 0; x < columns; x++) {
-      float sum = 0;
-      for (int32_t k = 0; k < across.count; k++) sum += sums[across.first[x] - begin + k] * across.of(x)[k];
-      share[y * columns + (mirrored ? columns - 1 - x : x)] = std::min(sum, 1.0f);
-    }
-  }
+  detail::ShareRowsHere(map, width, down, across, rows, columns, mirrored, share);
 }
 
 }  // namespace cast_fast
