@@ -706,6 +706,19 @@ def test_broken_files_are_replaced(copied: Dataset, caplog: pytest.LogCaptureFix
         assert _same(next(late), batch)
 
 
+def test_stand_ins_do_not_depend_on_the_number_of_ranks(copied: Dataset) -> None:
+    """A stand-in belongs to a position of the run: two processes show, in turns, what one shows."""
+    for number in (1, 6):
+        _break(_file(copied.samples[number].image), "text")
+    whole = _loader(copied, batch=8, max_broken_share=0.25)
+    parts = [_loader(copied, batch=4, rank=rank, world=2, max_broken_share=0.25) for rank in range(2)]
+    for _ in range(3):
+        expected = next(whole)
+        batches = [next(loader) for loader in parts]
+        for *got, want in zip(*map(_tensors, batches), _tensors(expected)):
+            assert torch.equal(torch.stack(got, dim=1).flatten(0, 1), want)
+
+
 def test_a_dataset_of_broken_files_ends(copied: Dataset) -> None:
     for sample in copied.samples:
         _break(_file(sample.image), "text")
