@@ -137,6 +137,10 @@ needs() { # module…
   missing=$(absent_of "$@")
   [[ -z $missing ]] || { echo "not installed: ${missing% }"; return 77; }
 }
+# As timeout says it: a phase that left something out for want of time is started again if the next call has more.
+complete() { # folder
+  ! grep -q 'not measured.*out of time' "$1/log.txt" || return 124
+}
 throughput() { # batch flags…
   local batch=$1
   shift
@@ -154,7 +158,8 @@ ladder() { # folder seconds batch lines flags…
     echo "not every line could be compiled ahead; the ladder tries again"
   echo "compiled side by side in $((SECONDS - begin)) s"
   seconds=$((seconds - SECONDS + begin))
-  throughput "$batch" --out "$folder" --variants "$lines" --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@"
+  throughput "$batch" --out "$folder" --variants "$lines" --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@" &&
+    complete "$folder"
 }
 phase_environment() {
   nvidia-smi >"$1/nvidia-smi.txt" 2>&1
@@ -180,7 +185,9 @@ phase_ladder-256() { ladder "$1" "$2" 256 $all_lines; }
 phase_ladder-512() { ladder "$1" "$2" 512 $few_lines; }
 phase_ladder-128() { ladder "$1" "$2" 128 $few_lines; }
 phase_ladder-64() { ladder "$1" "$2" 64 $few_lines; }
-phase_kernels() { "$python" benchmarks/kernels.py --device cuda --out "$1" --max-seconds $(($2 > 60 ? $2 - 30 : $2 / 2)); }
+phase_kernels() {
+  "$python" benchmarks/kernels.py --device cuda --out "$1" --max-seconds $(($2 > 60 ? $2 - 30 : $2 / 2)) && complete "$1"
+}
 sanitize() { # folder tool flags…
   local folder=$1 tool=$2
   shift 2
@@ -246,7 +253,7 @@ for row in "${PHASES[@]}"; do
   begin=$SECONDS
   (
     # timeout runs programs, not functions: it gets a shell that knows them.
-    export -f ladder throughput sanitize has needs absent_of "phase_$name"
+    export -f ladder throughput complete sanitize has needs absent_of "phase_$name"
     export python out absent all_lines few_lines
     timeout --signal=TERM --kill-after=10 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
   ) >"$folder/log.txt" 2>&1

@@ -149,6 +149,16 @@ def test_what_cannot_be_compiled_ahead_is_measured_all_the_same(bench: Bench) ->
     assert "not every line could be compiled ahead" in (bench.out / "ladder-64" / "log.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("seconds", "status"), [(200, ""), (530, "failed: over its limit of 300 s; what it wrote before is kept")]
+)
+def test_a_ladder_without_all_its_lines_is_made_again(bench: Bench, seconds: int, status: str) -> None:
+    bench.rule("throughput.py", 'echo "moco: not measured: out of time"')
+    done = bench.call("--only", "ladder-64", seconds=seconds)
+    assert bench.status("ladder-64") == status
+    assert done.returncode == (1 if status else 75)
+
+
 def test_pytest_is_interrupted_in_time_to_report(bench: Bench) -> None:
     stub = bench.root / "timeout"
     stub.write_text(
