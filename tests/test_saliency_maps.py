@@ -19,6 +19,8 @@ from cast_fast.data.prepare import prepare
 from cast_fast.data.saliency_maps import CocoInstances, NoMap, OnnxModel, choose_method, make_maps, rasterise
 from cast_fast.errors import UserError
 
+contrib = pytest.mark.skipif(not hasattr(cv2, "saliency"), reason="the installed OpenCV lacks its contrib modules")
+
 # A writer for the few messages of ONNX that a small model needs (onnx.proto3: field numbers as there).
 
 
@@ -87,6 +89,7 @@ def overlap(first: np.ndarray, second: np.ndarray) -> float:
     return float((first & second).sum() / (first | second).sum())
 
 
+@contrib
 @pytest.mark.parametrize("method", ["spectral-residual", "fine-grained"])
 def test_what_stands_out_is_found_without_any_file(method: str, tmp_path: Path) -> None:
     write_images(tmp_path / "images", ["a.jpg", "deeper/b.png"], quality=95)
@@ -101,6 +104,7 @@ def test_what_stands_out_is_found_without_any_file(method: str, tmp_path: Path) 
     assert (record["method"], record["supervised"]) == (method, False)
 
 
+@contrib
 @pytest.mark.parametrize("detect", [saliency_maps.spectral_residual, saliency_maps.fine_grained])
 def test_a_picture_without_contrast_has_an_empty_map(detect) -> None:
     assert not detect(np.full((60, 80, 3), 77, np.uint8)).any()
@@ -299,6 +303,7 @@ def test_annotations_of_another_format_are_refused(content: str, tmp_path: Path)
 # Going on, and users' mistakes
 
 
+@contrib
 def test_a_second_run_makes_only_what_is_missing_or_older(tmp_path: Path) -> None:
     write_images(tmp_path / "images", ["a.png", "b.png", "c.png"])
     method = choose_method("fine-grained")
@@ -312,6 +317,7 @@ def test_a_second_run_makes_only_what_is_missing_or_older(tmp_path: Path) -> Non
     assert (summary.written, summary.kept) == (2, 1)
 
 
+@contrib
 def test_another_method_does_not_mix_into_a_folder(tmp_path: Path) -> None:
     write_images(tmp_path / "images", ["a.png"])
     make_maps(tmp_path / "images", tmp_path / "maps", choose_method("fine-grained"), workers=1)
@@ -330,7 +336,7 @@ def test_another_method_does_not_mix_into_a_folder(tmp_path: Path) -> None:
         (["--method", "fine-grained", "--model", "x"], "--model FILE goes with --method onnx"),
         (["--method", "coco", "--annotations", "/nowhere.json"], "--annotations: cannot read"),
         (["--method", "sharp"], "invalid choice: 'sharp'"),
-        (["--method", "fine-grained", "--workers", "0"], "--workers: got 0"),
+        pytest.param(["--method", "fine-grained", "--workers", "0"], "--workers: got 0", marks=contrib),
         ([], "--method"),
     ],
 )
@@ -347,6 +353,19 @@ def test_a_users_mistake_is_one_line(
     assert not (tmp_path / "maps").exists()
 
 
+def test_maps_do_not_go_among_the_images(tmp_path: Path) -> None:
+    write_images(tmp_path / "images", ["a.png"])
+    with pytest.raises(UserError, match="IMAGES and OUT are the same folder"):
+        make_maps(tmp_path / "images", tmp_path / "images", saliency_maps.Method(lambda file, image: image[..., 0], {}))
+
+
+def test_an_opencv_without_contrib_modules_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(cv2, "saliency", raising=False)
+    with pytest.raises(UserError, match=r"--method fine-grained: .* pip install opencv-contrib-python-headless"):
+        choose_method("fine-grained")
+
+
+@contrib
 def test_stored_pixels_count_not_the_viewers(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -288,7 +288,7 @@ def choose_method(
     """The method of a name.
 
     Raises:
-        UserError: its file is missing or faulty, or a setting is out of range.
+        UserError: its file is missing or faulty, a setting is out of range, or the installed OpenCV lacks it.
     """
     if (name == "coco") != (annotations is not None):
         raise UserError("--annotations FILE goes with --method coco, and only with it")
@@ -308,6 +308,11 @@ def choose_method(
         source = {"name": model.name, "sha256": network.sha256}
         record = {"method": name, "supervised": not unsupervised, "model": source, "input_size": input_size}
         return Method(lambda file, image: network(image), record)
+    if not hasattr(cv2, "saliency"):
+        raise UserError(
+            f"--method {name}: the installed OpenCV {cv2.__version__} lacks its contrib modules; "
+            "pip install opencv-contrib-python-headless in its place"
+        )
     detect = {"spectral-residual": spectral_residual, "fine-grained": fine_grained}[name]
     return Method(lambda file, image: detect(image), {"method": name, "supervised": False, "smoothing": SMOOTHING})
 
