@@ -89,7 +89,12 @@ BROKEN: dict[str, tuple[bytes, bytes | None, str, str]] = {
     "no_map.jpg": (JPEG, None, "missing-map", "no saliency map"),
     "map_text.jpg": (JPEG, b"hello", "not-an-image", "is no PNG file"),
     "map_jpeg.jpg": (JPEG, encoded(blob(), "JPEG"), "not-an-image", "is no PNG file"),
-    "map_rgb.jpg": (JPEG, encoded(blob().convert("RGB"), "PNG"), "map-format", "8-bit RGB pixels, expected a PNG of 8-bit grey"),
+    "map_rgb.jpg": (
+        JPEG,
+        encoded(blob().convert("RGB"), "PNG"),
+        "map-format",
+        "8-bit RGB pixels, expected a PNG of 8-bit grey",
+    ),
     "map_palette.jpg": (JPEG, palette_png(), "map-format", "palette"),
     "map_deep.jpg": (JPEG, deep_png(), "map-format", "16-bit grey"),
     "map_bits.jpg": (JPEG, encoded(blob().convert("1"), "PNG"), "map-format", "1-bit grey"),
@@ -366,6 +371,22 @@ def test_maps_inside_the_folder_of_images(tmp_path: Path) -> None:
     saliency = saliency.rename(images / "maps")
     dataset = scan(images, saliency, workers=1)
     assert [sample.stem for sample in dataset.samples] == ["p0"] and not dataset.faults
+
+
+def test_pictures_of_other_kinds_are_counted(
+    tmp_path: Path, no_decoder: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    images, saliency = build(tmp_path, count=1)
+    for name in ("a.webp", "b.WEBP", "c.heic", "labels.csv", "notes"):
+        (images / name).write_bytes(b"")
+    (saliency / "p0.jpg").write_bytes(b"")
+    (saliency / "saliency.json").write_bytes(b"")
+    with caplog.at_level(logging.WARNING, "cast_fast"):
+        layout.find_pairs(images, saliency)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{images}: 3 pictures are not .jpeg, .jpg, .png and not read (.webp: 2, .heic: 1)",
+        f"{saliency}: 1 pictures are not .png and not read (.jpg: 1)",
+    ]
 
 
 def test_folders_that_hold_no_dataset(tmp_path: Path, no_decoder: None) -> None:

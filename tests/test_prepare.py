@@ -325,7 +325,7 @@ def test_faulty_files_stay_out_and_are_named(tmp_path: Path, capsys: pytest.Capt
     assert manifest["counts"]["rejected"]["size-mismatch"] == 2
     assert set(members(tmp_path / "out")) == {"good.jpg", "good.saliency.jpg"}
     printed = capsys.readouterr().out
-    assert "1 samples in 1 shards" in printed and "rejected, size-mismatch: 2, for example" in printed
+    assert "1 samples in 1 shard (" in printed and "rejected, size-mismatch: 2, for example" in printed
 
 
 def test_nothing_to_pack_is_an_error_and_leaves_no_dataset(tmp_path: Path) -> None:
@@ -511,7 +511,7 @@ def test_images_alone_are_packed_for_moco(tmp_path: Path, capsys: pytest.Capture
     images, _ = write(tmp_path, {"a.jpg": (JPEG, None), "b.jpg": (turned(6), None), "bad.jpg": (JPEG[:900], None)})
     arguments = [str(images), str(tmp_path / "out"), "--labels", str(tmp_path / "labels.csv"), "--workers", "1"]
     assert cli.main(["prepare", *arguments, "--images-only"]) == 0
-    assert "2 samples in 1 shards" in capsys.readouterr().out
+    assert "2 samples in 1 shard (" in capsys.readouterr().out
     found = members(tmp_path / "out")
     assert sorted(found) == ["a.cls", "a.jpg", "b.jpg"]
     assert found["a.jpg"] == JPEG

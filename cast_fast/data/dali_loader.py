@@ -860,7 +860,7 @@ class DaliLoader:
 
     def _find_broken(self, error: RuntimeError) -> None:
         """Names the files of the failed batch that DALI refuses; raises if there are none or too many."""
-        known = len(self.broken)
+        known, length = len(self.broken), self._order.length
         indices = self._source.indices(self.step)
         samples = [self._dataset.samples[index] for index in indices]
         for grey in (False, True) if self._recipe.needs_maps else (False,):
@@ -871,10 +871,15 @@ class DaliLoader:
                 assert path is not None
                 if int(indices[slot]) not in self.broken:
                     self.broken[int(indices[slot])] = f"{shown(path)}: {reason}"
-                    logger.warning("left out a file that DALI cannot decode: %s: %s", shown(path), reason)
+                    logger.warning(
+                        "left out a file that DALI cannot decode (number %d, of %d samples): %s: %s",
+                        len(self.broken),
+                        length,
+                        shown(path),
+                        reason,
+                    )
         if len(self.broken) == known:
             raise error
-        length = self._order.length
         if len(self.broken) > self._max_broken_share * length:
             raise UserError(
                 f"{next(reversed(self.broken.values()))} (cannot be decoded; {len(self.broken)} of {length} samples "

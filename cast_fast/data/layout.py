@@ -33,11 +33,16 @@ from typing import Any, NamedTuple
 from cast_fast.data.decode_check import Child, ChildCrash, Reply, map_fits
 from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
+from cast_fast.files import write_whole
 
 HELP = "decode every image and map of a dataset and list the faults"
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png"})
 MAP_SUFFIXES = frozenset({".png"})
+_PICTURES = IMAGE_SUFFIXES | {
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".jfif", ".jp2", ".jpe", ".jxl", ".tif", ".tiff", ".webp")
+}
+"""What somebody may have expected to be read."""
 SALIENT_ABOVE = 127
 """Map values above this are salient."""
 
@@ -167,8 +172,12 @@ class Pair(NamedTuple):
 
 
 def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[str, list[str]]:
-    """Names below ``root`` with one of the suffixes, by stem; raises UserError where a folder cannot be listed."""
+    """Names below ``root`` with one of the suffixes, by stem; raises UserError where a folder cannot be listed.
+
+    Pictures of other kinds are passed over and counted in the log.
+    """
     found: dict[str, list[str]] = {}
+    others: Counter[str] = Counter()
     excluded = None if leave_out is None else _folder_id(leave_out)
 
     def descend(folder: Path, below: str, above: frozenset[tuple[int, int]]) -> None:
@@ -184,11 +193,17 @@ def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[
             base, suffix = os.path.splitext(entry.name)
             if suffix.lower() in suffixes:
                 found.setdefault(below + base, []).append(below + entry.name)
+            elif suffix.lower() in _PICTURES:
+                others[suffix.lower()] += 1
 
     try:
         descend(root, "", frozenset())
     except OSError as error:
         raise UserError(f"cannot list {shown(error.filename)}: {error.strerror}") from error
+    if others:
+        kinds = ", ".join(f"{kind}: {count}" for kind, count in others.most_common())
+        wanted = ", ".join(sorted(suffixes))
+        _log.warning("%s: %d pictures are not %s and not read (%s)", shown(root), others.total(), wanted, kinds)
     return found
 
 
@@ -553,7 +568,7 @@ def write_faults(path: Path, faults: tuple[Fault, ...]) -> None:
     """
     lines = [json.dumps({"path": str(f.path), "kind": f.kind, "message": f.message}) + "\n" for f in faults]
     try:
-        path.write_text("".join(lines))
+        write_whole(path, "".join(lines))
     except OSError as error:
         raise UserError(f"cannot write {shown(path)}: {error.strerror}") from error
 

@@ -522,7 +522,8 @@ def main(args: argparse.Namespace) -> int:
     kept = f", {summary.kept} of them from an earlier run" if summary.kept else ""
     size = summary.bytes / 1e6
     where = "index in " if args.index_only else ""
-    print(f"{summary.samples} samples in {summary.shards} shards ({size:.1f} MB){kept}: {where}{shown(summary.out)}")
+    shards_made = f"{summary.shards} shard{'s' if summary.shards != 1 else ''}"
+    print(f"{summary.samples} samples in {shards_made} ({size:.1f} MB){kept}: {where}{shown(summary.out)}")
     for change, count in summary.changes.items():
         print(f"{change}: {count}")
     if summary.empty:

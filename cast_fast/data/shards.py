@@ -103,8 +103,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def missing_maps(folder: Path) -> str:
     """What to say of shards without maps where maps are needed."""
     return (
-        f"--data: {shown(folder)} is without saliency maps (images alone were packed or indexed); they are needed: "
-        "only pretrain --method moco does without"
+        f"--data: {shown(folder)} is without saliency maps (images alone were packed or indexed), which serves "
+        "pretrain --method moco, probe and downstream; pack again with maps"
     )
 
 
