@@ -12,10 +12,9 @@ Two things make parts of a batch:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
-from cast_fast.sync_batch_norm import normalise, twin, update_running_statistics
+from cast_fast.sync_batch_norm import batch_statistics, normalise, twin, update_running_statistics
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
@@ -49,15 +48,11 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         count = input.numel() // (input.shape[1] * self.parts)
         if count < 2:
             raise ValueError(f"input: got {count} value a channel in each of {self.parts} parts, expected more")
-        with torch.autocast(input.device.type, enabled=False):
-            values = input.to(torch.promote_types(input.dtype, torch.float32)).unflatten(0, (self.parts, -1))
-            variance, mean = torch.var_mean(values, dim=(1, 3, 4), correction=0)
-            if self.running_mean is not None:
-                of_passes = (moment.detach().unflatten(0, (self.passes, -1)).mean(1) for moment in (mean, variance))
-                for pass_mean, pass_variance in zip(*of_passes):
-                    update_running_statistics(self, pass_mean, pass_variance, count)
-            result = normalise(self, values, mean, variance)
-        return result.flatten(0, 1).to(input.dtype)
+        moments = batch_statistics(input, self.parts)
+        if self.running_mean is not None:
+            for mean, variance in moments.unflatten(1, (self.passes, -1)).mean(2).unbind(1):
+                update_running_statistics(self, mean, variance, count)
+        return normalise(self, input, moments)
 
 
 def split_batch_norm(module: nn.Module, groups: int = 1, passes: int = 1) -> None:

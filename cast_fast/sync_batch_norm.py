@@ -5,7 +5,7 @@ torch's own ``nn.SyncBatchNorm`` refuses CPU tensors, where the tests run.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ _Kind = TypeVar("_Kind", bound=nn.BatchNorm2d)
 class SyncBatchNorm2d(nn.BatchNorm2d):
     """``nn.BatchNorm2d`` over the global batch; in eval mode, and on one rank, it is that very module.
 
-    Ranks exchange mean and variance (one all-gather forward, one reduce-scatter backward) and join them as Chan et al.
-    (1979) do for equal counts, which does not cancel where the mean is large against the spread.
+    Ranks exchange mean and variance (one all-gather forward) and join them as Chan et al. (1979) do for equal counts,
+    which does not cancel where the mean is large against the spread; backward two sums a channel (one all-reduce).
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -27,33 +27,90 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        with torch.autocast(input.device.type, enabled=False):
-            values = input.to(torch.promote_types(input.dtype, torch.float32))
-            variance, mean = torch.var_mean(values, dim=(0, 2, 3), correction=0)
-            mean, variance = join_statistics(torch.stack([mean, variance])).unbind()
-            if self.running_mean is not None and self.running_var is not None:
-                count = input.numel() // input.shape[1] * distributed.world_size()
-                update_running_statistics(self, mean.detach(), variance.detach(), count)
-            return normalise(self, values, mean, variance).to(input.dtype)
+        moments = join_statistics(batch_statistics(input, 1)[:, 0])
+        if self.running_mean is not None:
+            count = input.numel() // input.shape[1] * distributed.world_size()
+            update_running_statistics(self, moments[0], moments[1], count)
+        return normalise(self, input, moments[:, None], across_ranks=True)
+
+
+def batch_statistics(input: Tensor, parts: int) -> Tensor:
+    """Mean and biased variance (2, parts, C), float32 or wider, of equal runs of samples; not differentiable.
+
+    Args:
+        input: (parts · n, C, H, W).
+        parts: P.
+    """
+    with torch.no_grad():
+        values = input.to(torch.promote_types(input.dtype, torch.float32)).unflatten(0, (parts, -1))
+        variance, mean = torch.var_mean(values, dim=(1, 3, 4), correction=0)
+        return torch.stack([mean, variance])
 
 
 def join_statistics(moments: Tensor) -> Tensor:
     """Mean and biased variance over all ranks, (2, C), from this rank's (2, C); every rank has as many values.
 
-    Differentiable. By the sums of squared differences of Chan et al. (1979).
+    By the sums of squared differences of Chan et al. (1979).
     """
     means, variances = distributed.all_gather(moments[None], "BatchNorm statistics").unbind(1)
     mean = means.mean(0)
     return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)])
 
 
-def normalise(norm: nn.BatchNorm2d, values: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
-    """(…, n, C, H, W) by the statistics (…, C), and by the weight and bias of ``norm`` where it has them."""
-    factor = torch.rsqrt(variance + norm.eps)
-    if norm.affine:
-        factor = factor * norm.weight
-    result = (values - mean[..., None, :, None, None]) * factor[..., None, :, None, None]
-    return result + norm.bias[:, None, None] if norm.affine else result
+def normalise(norm: nn.BatchNorm2d, input: Tensor, moments: Tensor, *, across_ranks: bool = False) -> Tensor:
+    """Equal runs of samples by the statistics of each, then by the weight and bias of ``norm`` where it has them.
+
+    Args:
+        norm: weight, bias and eps.
+        input: (P · n, C, H, W).
+        moments: (2, P, C), from ``batch_statistics`` of this very ``input``: the gradient is theirs too.
+        across_ranks: they are those of all ranks.
+
+    Returns:
+        (P · n, C, H, W) in the dtype of ``input``.
+    """
+    parts = input.unflatten(0, (moments.shape[1], -1))
+    with torch.autocast(input.device.type, enabled=False):
+        result: Any = _Normalise.apply(parts, moments, norm.weight, norm.bias, norm.eps, across_ranks)
+    # Out here, because the ReLU that follows may write in place, which no view from inside of a function allows.
+    return result.flatten(0, 1)
+
+
+class _Normalise(torch.autograd.Function):
+    """(P, n, C, H, W) → the same, with the gradient in closed form: autograd of the formula reduces more often."""
+
+    @staticmethod
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, across_ranks: bool
+    ) -> Tensor:
+        mean, inverse = moments[0], torch.rsqrt(moments[1] + eps)
+        ctx.save_for_backward(x, mean, inverse, weight)
+        ctx.across_ranks = across_ranks
+        scale = inverse if weight is None else inverse * weight
+        y = (x.to(mean.dtype) - _spread(mean)) * _spread(scale)
+        return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, mean, inverse, weight = ctx.saved_tensors
+        gradient, centred = dy.to(mean.dtype), x.to(mean.dtype) - _spread(mean)
+        total, product = gradient.sum((1, 3, 4)), (gradient * centred).sum((1, 3, 4))
+        dweight = None if weight is None else (product * inverse).sum(0).to(weight.dtype)
+        dbias = None if weight is None else total.sum(0).to(weight.dtype)
+        count = x.numel() // mean.numel()
+        if ctx.across_ranks:
+            # The statistics are functions of every rank's values, and so are their sums.
+            total, product = distributed.all_reduce(torch.stack([total, product]), "BatchNorm statistics, gradient")
+            count *= distributed.world_size()
+        scale = inverse if weight is None else inverse * weight
+        slope = inverse.square() * product / count
+        dx = (gradient - _spread(total / count) - centred * _spread(slope)) * _spread(scale)
+        return dx.to(x.dtype), None, dweight, dbias, None, None
+
+
+def _spread(statistics: Tensor) -> Tensor:
+    """(P, C) → (P, 1, C, 1, 1)."""
+    return statistics[:, None, :, None, None]
 
 
 def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tensor, count: int) -> None:

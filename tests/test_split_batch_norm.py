@@ -44,12 +44,51 @@ def test_parts_are_passes_one_after_the_other(parts: int) -> None:
 def test_gradients_are_those_of_apart_passes() -> None:
     torch.manual_seed(1)
     plain = nn.BatchNorm2d(3).double()
+    with torch.no_grad():
+        plain.weight.uniform_(-1, 1)
     network = nn.Sequential(copy.deepcopy(plain))
     split_batch_norm(network, passes=2)
+    norm = network[0]
+    assert isinstance(norm, nn.BatchNorm2d)
     x = torch.randn(6, 3, 4, 4, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    want = torch.autograd.grad((torch.cat([plain(half) for half in x.chunk(2)]) * weight).sum(), x)[0]
-    torch.testing.assert_close(torch.autograd.grad((network(x) * weight).sum(), x)[0], want, rtol=1e-10, atol=1e-12)
+    factor = torch.randn_like(x)
+    apart = (torch.cat([plain(half) for half in x.chunk(2)]) * factor).sum()
+    expected = torch.autograd.grad(apart, [x, plain.weight, plain.bias])
+    found = torch.autograd.grad((network(x) * factor).sum(), [x, norm.weight, norm.bias])
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_bfloat16_is_as_exact_as_torchs() -> None:
+    """Under autocast; errors against float64, of the output and of the input's gradient."""
+    torch.manual_seed(2)
+    plain = nn.BatchNorm2d(3)
+    network = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(network, groups=2)
+    values = (torch.randn(8, 3, 9, 9) + 5).bfloat16()
+    factor = torch.randn_like(values)
+
+    def run(norm: nn.Module, dtype: torch.dtype) -> list[torch.Tensor]:
+        x = values.to(dtype).requires_grad_()
+        halves = [x] if norm is network else list(x.chunk(2))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+            y = torch.cat([norm(half) for half in halves])
+        assert y.dtype == dtype
+        return [y.detach(), *torch.autograd.grad(y, x, factor.to(dtype))]
+
+    exact = run(copy.deepcopy(plain).double(), torch.float64)
+    for found, own, target in zip(run(network, torch.bfloat16), run(plain, torch.bfloat16), exact):
+        assert (found - target).norm() <= 1.05 * (own - target).norm()
+
+
+def test_without_weight_and_bias() -> None:
+    plain = nn.BatchNorm2d(3, affine=False).double()
+    network = nn.Sequential(copy.deepcopy(plain))
+    split_batch_norm(network, groups=2)
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    factor = torch.randn_like(x)
+    expected = torch.autograd.grad((torch.cat([plain(half) for half in x.chunk(2)]) * factor).sum(), x)
+    found = torch.autograd.grad((network(x) * factor).sum(), x)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("passes", [1, 2])
