@@ -330,6 +330,14 @@ int main() {
 """
 
 
+def test_a_build_finds_dali_where_only_pythonpath_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cmake asks Python again where DALI is."""
+    monkeypatch.setenv("PYTHONPATH", "/of/an/isolated/build")
+    environment = dali_plugin._build_environment(dali_plugin.find_toolchain())
+    question = "import importlib.util, sys; sys.exit(importlib.util.find_spec('nvidia.dali') is None)"
+    subprocess.run([sys.executable, "-S", "-c", question], env=environment, check=True)
+
+
 def test_cuda_arithmetic_on_the_host_equals_numpy(tmp_path: Path) -> None:
     """What the kernel runs, thread by thread, compiled for the CPU with the sanitizers that stop at undefined code."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))

@@ -367,8 +367,9 @@ def _build(tools: Toolchain, with_cuda: bool, native: Path, verbose: bool) -> Pa
 
 
 def _build_environment(tools: Toolchain) -> dict[str, str]:
-    # pip's isolated builds hide the environment through PYTHONPATH, also from a cmake that pip installed there
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    # pip's isolated builds hide the environment through PYTHONPATH, also from a cmake that pip installed there. Where
+    # DALI is stays known: elsewhere it may have been found through that variable alone.
+    environment = {**os.environ, "PYTHONPATH": str(tools.dali_library.parents[1])}
     if tools.nvcc is not None:
         # pip's nvcc looks for its libraries in lib64, but its packages put them in lib
         libraries = tools.nvcc.resolve().parents[1] / "lib"
