@@ -675,9 +675,10 @@ def measure_host(plan: Plan, results: harness.Results) -> dict[str, harness.Outc
     Kinds are those of ``thread_cpu``. The bound is what one process could load if the thread pool took no time: the
     images a second of the busier of the other two kinds, each of which is one thread at a time.
     """
-    tiny = tiny_dataset(plan)
-    augmentation = dataclasses.replace(plan.augmentation, blur_p=0)
-    plan = dataclasses.replace(plan, dataset=tiny, batch=HOST_BATCH, size=HOST_SIDE, augmentation=augmentation)
+    # shards of their own: in the plan's folder they would take the place of the dataset's
+    plan = dataclasses.replace(plan, batch=HOST_BATCH, size=HOST_SIDE, shards=plan.shards / f"tiny-{HOST_SIDE}")
+    tiny = tiny_dataset(plan.shards)
+    plan = dataclasses.replace(plan, dataset=tiny, augmentation=dataclasses.replace(plan.augmentation, blur_p=0))
     layouts = {"folder": lambda: tiny, "packed": lambda: packed_dataset(plan, 0)}
     outcomes: dict[str, harness.Outcome] = {}
     for name, dataset in layouts.items():
@@ -711,9 +712,8 @@ def measure_host(plan: Plan, results: harness.Results) -> dict[str, harness.Outc
     return outcomes
 
 
-def tiny_dataset(plan: Plan) -> layout.Dataset:
+def tiny_dataset(folder: Path) -> layout.Dataset:
     """As many noise pictures as a batch of the host's lines, with maps that have one salient box."""
-    folder = plan.shards / f"tiny-{HOST_SIDE}"
     images, saliency = folder / "images", folder / "saliency"
     images.mkdir(parents=True, exist_ok=True)
     saliency.mkdir(exist_ok=True)

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from cast_fast.data import layout, sampling
+from cast_fast.data.shards import scan_shards
 from cast_fast.data.synthetic import write_dataset
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -106,7 +107,10 @@ def test_the_share_of_each_kind_of_thread(
     plan: loader.Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = harness.open_results(tmp_path, harness.environment(plan.device))
-    outcomes = loader.measure_host(dataclasses.replace(plan, repeats=3, shards=tmp_path), results)
+    plan = dataclasses.replace(plan, repeats=3, shards=tmp_path)
+    packed = loader.packed_dataset(plan, 0)
+    outcomes = loader.measure_host(plan, results)
+    assert scan_shards(tmp_path / "packed-0").fingerprint() == packed.fingerprint()
     kept = {(record.name, record.variant): record.value or 0 for record in results.records}
     for layout_name in ("folder", "packed"):
         spent = [kept["loader_host", f"{layout_name}-{kind}"] for kind in loader.THREADS]
