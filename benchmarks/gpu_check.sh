@@ -14,13 +14,16 @@
 #   2. kernels, profiles, sanitizers.
 #   3. with DALI on PYTHONPATH: end-to-end, native, loader; then the other batches and the largest.
 # Goals in images a second are stated for an H200. A tree without its .git needs CAST_FAST_COMMIT. Where nothing can be
-# downloaded and a call carries little, bring DALI along in parts (.wheels/ is ignored by git): at home
-#   pip download --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 -d wheels \
-#     nvidia-dali-cuda130 nvidia-nvimgcodec-cu13 nvidia-nvjpeg nvidia-nvjpeg2k-cu13 nvidia-nvtiff-cu13 \
-#     nvidia-libnvcomp-cu13 && mkdir -p .wheels && tar -C wheels -c . | split -b 45M - .wheels/part-
-# one part a call: cat .wheels/part-* >>/tmp/wheels.tar; after the last, in order:
-#   tar -C /tmp -xf /tmp/wheels.tar && pip install --no-index --no-deps --target /tmp/site /tmp/*.whl
-# and PYTHONPATH=/tmp/site for gpu_check.sh.
+# downloaded and a call carries little, bring DALI (270 MB) along in parts; .wheels/ is ignored by git. At home:
+#   pip download -d wheels --no-deps --only-binary=:all: --python-version 3.12 --platform manylinux_2_28_x86_64 \
+#     --platform manylinux_2_27_x86_64 --platform manylinux2014_x86_64 nvidia-dali-cuda130==2.4.0 \
+#     nvidia-nvimgcodec-cu13==0.9.0.20 nvidia-libnvcomp-cu13==5.3.0.16 nvidia-nvjpeg nvidia-nvjpeg2k-cu13 \
+#     nvidia-nvtiff-cu13 astunparse gast optree
+#   tar -C wheels -c . | split -b 50M - wheels.tar.   # then one part a call as .wheels/part
+# There: cat .wheels/part >>/tmp/wheels.tar, in order, in each of six calls, the first two of gpu_check.sh among them; then
+#   tar -C /tmp -xf /tmp/wheels.tar && pip install -q --no-index --no-deps --target /tmp/site /tmp/*.whl
+#   PYTHONPATH=/tmp/site benchmarks/gpu_check.sh OUTDIR
+# Without packaging and six, add these.
 #
 # Needs a CUDA device and a Python (3.10 or later) with torch, Triton, torchvision (and so Pillow), NumPy, rich and
 # matplotlib. Phases that need more are skipped where it is missing, and say so: tests needs pytest, pytest-timeout,
@@ -152,7 +155,7 @@ ladder() { # folder seconds batch lines flags…
   # Most of a compilation is one thread of Python: all lines compile side by side, each in a process, and the ladder
   # then finds them in the cache. Five steps at batch 256 fit 80 GB together; what fails here is tried again there.
   export -f throughput
-  tr , '\n' <<<"$lines" | grep -E '^(trunk-|moco|kernels|streaming|compiled)' |
+  tr , '\n' <<<"$lines" | grep -E '^(trunk-|moco|kernels|streaming|groups|compiled)' |
     TORCHINDUCTOR_COMPILE_THREADS=4 timeout $((seconds * 3 / 5)) xargs -P 5 -I {} bash -c \
       'throughput "$1" --compile-only --variants "$2" --out "$3"' - "$batch" {} "$folder" ||
     echo "not every line could be compiled ahead; the ladder tries again"
@@ -179,7 +182,7 @@ phase_tests() {
     timeout --foreground --signal=INT $(($2 > 60 ? $2 - 30 : $2)) "$python" -m pytest -m gpu -q -rfEs -p no:cacheprovider \
     --continue-on-collection-errors --tb=short --durations=15 --junitxml "$1/junit.xml" "${workers[@]}" "${ignored[@]}"
 }
-all_lines=trunk-bound,moco,published-amp,published,kernels,streaming,compiled,trunk-streaming,closed-form,one-pass
+all_lines=trunk-bound,moco,published-amp,published,kernels,streaming,groups,compiled,trunk-streaming,closed-form,one-pass
 few_lines=trunk-bound,moco,published-amp,kernels,streaming
 phase_ladder-256() { ladder "$1" "$2" 256 $all_lines; }
 phase_ladder-512() { ladder "$1" "$2" 512 $few_lines; }

@@ -20,6 +20,8 @@ and beside them
 
 and on request
 
+``groups``         ``kernels`` with BatchNorm over groups of 32 samples and keys shuffled over them, as ``cast-fast
+                   pretrain`` has it in one process (``--batch-norm-groups``)
 ``plain-compiled``  ``one-pass`` compiled: what torch alone makes of the step. A gradient inside the forward pass needs
                     a setting of torch 2.14 that is off by default (``torch._dynamo.config.trace_autograd_ops``)
 """
@@ -44,20 +46,23 @@ from cast_fast.errors import UserError
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import build_optimizer
+from cast_fast.parallel import RankSettings
 from cast_fast.step import IMAGE_MEAN, IMAGE_STD, TrainStep, resolve_precision, resolve_queue_dtype
 from cast_kernels import reference
 
 LADDER = ("published", "published-amp", "one-pass", "closed-form", "compiled", "kernels", "streaming")
 BESIDE = ("moco", "trunk-bound", "trunk-streaming")
 
-ON_REQUEST = ("plain-compiled",)
-"""Lines that a run measures only where ``--variants`` names them: compiling takes as long as the rest together."""
+ON_REQUEST = ("groups", "plain-compiled")
+"""Lines that a run measures only where ``--variants`` names them, for they take long to compile."""
+GROUP = 32
+"""Samples of a group of the line ``groups``, where they divide the batch."""
 
-COMPILED = ("compiled", "kernels", "streaming", "moco", "trunk-bound", "trunk-streaming", "plain-compiled")
+COMPILED = ("compiled", "kernels", "streaming", "groups", "moco", "trunk-bound", "trunk-streaming", "plain-compiled")
 """Lines that ``torch.compile`` compiles when they first run."""
 
-BUILDING = ("trunk-bound", "moco", "published-amp", "published", "kernels", "streaming", "compiled", "trunk-streaming")
-BUILDING += ("closed-form", "one-pass", *ON_REQUEST)
+BUILDING = ("trunk-bound", "moco", "published-amp", "published", "kernels", "streaming", "groups", "compiled")
+BUILDING += ("trunk-streaming", "closed-form", "one-pass", "plain-compiled")
 """The order in which lines are built and measured. The bound and MoCo come first, so that every other line finds them
 measured when it ends; then what most is asked of a run, so that one whose time ends early has it; our own kernels after
 the peers, which an illegal access would take along."""
@@ -76,6 +81,7 @@ TRUNK_UNITS = {
     "moco": 4,
     "trunk-bound": 5,
     "trunk-streaming": 5,
+    "groups": 5,
     "plain-compiled": 5,
 }
 """Work of a line in trunk forwards, a backward counted as two."""
@@ -228,10 +234,14 @@ def _batch_norm(name: str) -> str:
     return "streaming" if name in STREAMING else "torch"
 
 
+def _fused(name: str, settings: Settings) -> bool:
+    return name in ("kernels", "streaming") or (name == "groups" and settings.device.type == "cuda")
+
+
 def _model(name: str, settings: Settings) -> MoCo:
     config = settings.config
-    fused = name in ("kernels", "streaming")
-    queue_dtype = resolve_queue_dtype(config.queue_dtype, settings.line_precision(name), settings.device, fused)
+    precision, fused = settings.line_precision(name), _fused(name, settings)
+    queue_dtype = resolve_queue_dtype(config.queue_dtype, precision, settings.device, fused)
     return MoCo(
         config.arch, config.dim, config.head, config.queue_size, config.seed, _batch_norm(name), queue_dtype
     ).to(settings.device)
@@ -262,8 +272,9 @@ def _product(name: str, settings: Settings) -> Built:
         momentum=config.momentum,
         precision=settings.precision,
         compile=name != "closed-form",
-        kernels=name in ("kernels", "streaming"),
+        kernels=_fused(name, settings),
         clip_grad=config.clip_grad,
+        ranks=RankSettings(groups=config.batch // GROUP if name == "groups" and config.batch % GROUP == 0 else 1),
     )
     batch = _batch(settings, attention=attention)
     return Built(lambda: step(batch, RATE), (model, optimizer, *vars(batch).values()), lambda other: step(other, RATE))

@@ -135,6 +135,7 @@ def goal_rows(out: Path) -> list[list[str]]:
         goal(f"rate over {base}", ratio(step.get("kernels"), step.get(base)), least=least)
     goal("images a second, torch.compile (stated for an H200)", step.get("kernels"), least=4080)
     goal("gain by streaming BatchNorm", ratio(step.get("streaming"), step.get("kernels")), least=1.09)
+    goal("rate with BatchNorm over groups over that with one group", ratio(step.get("groups"), step.get("kernels")))
     goal("images a second, streaming (stated for an H200)", step.get("streaming"), least=4770)
     goal("trunk's traffic, MB an image, streaming (counted)", counted_traffic(), most=340)
     fed = values("end-to-end", "step") | values("end-to-end", "end-to-end")

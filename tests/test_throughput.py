@@ -74,9 +74,10 @@ def test_whole_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 def test_lines_differ_in_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     # A step hardly moves the weights, so that rounding is not amplified, but still turns over a quarter of the queue.
     monkeypatch.setattr(ladder, "RATE", 1e-6)
+    monkeypatch.setattr(ladder, "GROUP", 2)
     settings = tiny_settings(batch="4", size="64")
     losses = {}
-    for name in ("published", "published-amp", "one-pass", "plain-compiled", "closed-form", "moco"):
+    for name in ("published", "published-amp", "one-pass", "plain-compiled", "closed-form", "moco", "groups"):
         built = ladder.build(name, settings)
         results: list[Any] = [built.run() for _ in range(2)]
         losses[name] = [result[0].item() if isinstance(result, tuple) else result.item() for result in results]
@@ -86,6 +87,7 @@ def test_lines_differ_in_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses["one-pass"][0] != pytest.approx(losses["one-pass"][1], rel=1e-3)
     # The released formulation has the same InfoNCE term and another attention term.
     assert losses["published"][0] != pytest.approx(losses["one-pass"][0], rel=1e-4)
+    assert losses["groups"][0] != pytest.approx(losses["closed-form"][0], rel=1e-3)
     assert losses["moco"][0] != pytest.approx(losses["closed-form"][0], rel=1e-2)
 
 
