@@ -448,7 +448,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--least-share", type=float, default=LEAST_SHARE, help="of the largest instance, to count as salient (coco)"
     )
     parser.add_argument("--model", type=Path, metavar="FILE", help="ONNX file of a U²-Net-style network (onnx)")
-    parser.add_argument("--input-size", type=int, default=INPUT_SIZE, help="side of the model's input (onnx)")
+    parser.add_argument("--input-size", type=int, default=INPUT_SIZE, help="side of the model's input in pixels (onnx)")
     parser.add_argument(
         "--unsupervised", action="store_true", help="record that the model was trained without human labels (onnx)"
     )

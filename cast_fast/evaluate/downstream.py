@@ -205,7 +205,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="label → classes that count as right, by name or number, for classifiers that lack the label",
     )
     parser.add_argument("--rows", type=int, default=8, help="pictures on a sheet")
-    parser.add_argument("--size", type=int, default=0, help="side of the crops; 0 for that of A's training")
+    parser.add_argument("--size", type=int, default=0, help="side of the crops in pixels; 0 for that of A's training")
     parser.add_argument("--batch", type=int, default=64, help="pictures a forward pass")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="of the intervals")

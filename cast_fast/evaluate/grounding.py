@@ -445,7 +445,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", type=int, default=8, help="pictures on a sheet")
     parser.add_argument("--sheets", type=int, default=2, help="number of sheets, pictures evenly spaced")
     parser.add_argument("--only", nargs="+", metavar="STEM", help="show and measure these pictures alone")
-    parser.add_argument("--size", type=int, default=0, help="side of the crops; 0 for that of the training")
+    parser.add_argument("--size", type=int, default=0, help="side of the crops in pixels; 0 for that of the training")
     parser.add_argument("--phi", type=float, default=0.2, help="least share of the salient pixels in a crop")
     parser.add_argument(
         "--keys",
@@ -454,7 +454,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="encoder of the key crops: the momentum encoder (key), the query encoder, or the first that the file has",
     )
     parser.add_argument("--iou-share", type=float, default=0.5, help="share of the peak that bounds the region of iou")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="of pointing, as a share of the crop's side")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=TOLERANCE,
+        help="of pointing, as a share of the crop's side (default: 15/224 = %(default).3f)",
+    )
     parser.add_argument("--batch", type=int, default=64, help="pictures a forward pass")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute")
     parser.add_argument("--seed", type=int, default=0, help="of the crops and the intervals")

@@ -107,7 +107,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--finetune-epochs", type=int, default=20, help="its passes over the training set")
     parser.add_argument("--finetune-batch", type=int, default=64, help="its batch size")
-    parser.add_argument("--size", type=int, default=0, help="side of the crops; 0 for that of the training")
+    parser.add_argument("--size", type=int, default=0, help="side of the crops in pixels; 0 for that of the training")
     parser.add_argument("--batch", type=int, default=128, help="images a forward pass")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder in which features are kept")
     parser.add_argument("--no-cache", dest="cache", action="store_const", const=None, help="keep no features")
