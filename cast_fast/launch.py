@@ -61,7 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--notice", type=int, default=300, help="seconds before the limit in which to save and stop")
     parser.add_argument("--partition", default=None, help="partition")
     parser.add_argument("--account", default=None, help="account")
-    parser.add_argument("--setup", default="", help="shell line that runs first on each node, such as 'source .venv/bin/activate'")
+    parser.add_argument(
+        "--setup", default="", help="shell line that runs first on each node, such as 'source .venv/bin/activate'"
+    )
     parser.add_argument("--port", type=int, default=29_500, help="port of the rendezvous on the first node")
     parser.add_argument(
         "--submit", choices=("no", "sbatch", "submitit"), default="no", help="submit the job, and through what"
