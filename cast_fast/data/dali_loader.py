@@ -7,7 +7,7 @@ the map is decoded and the windows are chosen on the CPU, because a resize takes
 decoded there anyway.
 
 On a CPU both resizes, the colours and the maps of the attention loss are made by native operators where those are built
-(``crop_views.h``), which take a quarter of the time of DALI's own; without them, and on CUDA, by DALI's. A crop's byte
+(``crop_views.h``), which take a tenth of the time of DALI's own; without them, and on CUDA, by DALI's. A crop's byte
 may differ by 1 between the two, about one in ten thousand does; windows, flips and colours are the same.
 
 Files are read by DALI's threads, which are given names and places, so that Python touches no sample alone: its share of
