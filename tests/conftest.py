@@ -41,11 +41,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(autouse=True)
-def device_memory() -> Iterator[None]:
-    """Gives a GPU's memory back after each test: the processes of a parallel run share it."""
+def device_settings(request: pytest.FixtureRequest) -> Iterator[None]:
+    """On a GPU float32 means float32, also in convolutions, and memory is given back for the next process to take."""
+    if "gpu" not in request.keywords or not HAS_CUDA:
+        yield
+        return
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
     yield
-    if HAS_CUDA:
-        torch.cuda.empty_cache()
+    torch.backends.cudnn.allow_tf32 = before
+    torch.cuda.empty_cache()
 
 
 @pytest.fixture(scope="session")

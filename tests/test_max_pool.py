@@ -60,7 +60,10 @@ def test_low_precision_is_summed_in_float32_and_rounded_once(dtype: torch.dtype,
     (have,) = torch.autograd.grad(got, x, gradient)
     wide = x.detach().float().requires_grad_()
     (want,) = torch.autograd.grad(F.max_pool2d(wide, 3, 2, 1), wide, gradient.float())
-    assert torch.equal(have, want.to(dtype))
+    if device.type == "cpu":
+        assert torch.equal(have, want.to(dtype))
+    else:  # added in another order, a sum may round to the next number
+        torch.testing.assert_close(have, want.to(dtype), rtol=torch.finfo(dtype).eps, atol=0)
 
 
 def test_infinities_and_nan_are_passed_on_as_torch_does() -> None:
