@@ -230,7 +230,7 @@ phase_end-to-end() {
 }
 phase_loader() {
   needs nvidia.dali cv2 || return
-  "$python" benchmarks/loader.py --device cuda --repeats 3 --out "$1"
+  "$python" benchmarks/loader.py --device cuda --repeats 3 --max-seconds $(($2 > 120 ? $2 - 60 : $2 / 2)) --out "$1"
 }
 
 left=0 failed=0
@@ -281,7 +281,7 @@ for row in "${PHASES[@]}"; do
   "$python" benchmarks/report.py "$out" || echo "gpu_check.sh: no report could be written" >&2
 done
 
-(cd "$out" && find . -type d \( -name 'scenes-*' -o -name 'packed-*' \) -prune -o \
+(cd "$out" && find . -type d \( -name 'scenes-*' -o -name 'packed-*' -o -name 'tiny-*' \) -prune -o \
   -type f -size -4M ! -name gpu_check.tar.gz -print0 | tar --null -czf gpu_check.tar.gz -T -)
 if ((left)); then
   echo "gpu_check.sh: phases are left; call again with the same OUTDIR"

@@ -1,7 +1,7 @@
 """How fast the loader is, where its CPU time goes, and what torchvision and albumentations need for the same work.
 
     python benchmarks/loader.py [--device auto|cpu|cuda] [--images DIR --saliency DIR] [--batch N] [--size S]
-                                [--threads N] [--repeats N] [--lines A,B] [--out DIR] [--quick]
+                                [--threads N] [--repeats N] [--lines A,B] [--max-seconds S] [--out DIR] [--quick]
 
 Lines, all over the same files in the same order with the same windows and, but for albumentations, which draws its own
 from the same ranges, the same colour changes:
@@ -45,6 +45,7 @@ import importlib
 import importlib.util
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
@@ -105,6 +106,8 @@ class Plan:
     step: ladder.Settings | None = None
     """Of the step that the loader runs beside; None on a CPU and where the line is not asked for."""
     rule: CropRule = dataclasses.field(default_factory=CropRule)
+    deadline: float | None = None
+    """``time.monotonic()`` after which no further round starts."""
 
     @property
     def shape(self) -> dict[str, int | str]:
@@ -652,6 +655,7 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
         device=torch.device("cpu"),
         repeats=plan.repeats,
         warmup=1,
+        deadline=plan.deadline,
         prepare={name: prepare(name) for name in lines},
         on_built=lambda name, seconds: say(f"{name}: ready after {seconds:.1f} s"),
         on_sample=on_sample,
@@ -951,8 +955,10 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
     parser.add_argument("--threads", type=int, default=0, metavar="N", help="threads or workers (0: all cores)")
     parser.add_argument("--repeats", type=int, metavar="N", help="interleaved rounds (default: 5; --quick 2)")
     parser.add_argument("--lines", metavar="A,B", help=f"only these, of {','.join(LINES)}")
+    parser.add_argument("--max-seconds", type=float, metavar="S", help="start no further round after this")
     parser.add_argument("--quick", action="store_true", help="few scenes, small batches, two rounds")
     parser.add_argument("--out", type=Path, default=Path("bench_out/loader"), metavar="DIR")
+    begin = time.monotonic()
     args = parser.parse_args(argv)
     device = harness.choose_device(args.device)
     cuda = device.type == "cuda"
@@ -1003,6 +1009,7 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
         Augmentation(blur_p=args.blur),
         args.out,
         step_settings(device, batch, args.size, quick=args.quick) if cuda and TRAINING in lines else None,
+        deadline=None if args.max_seconds is None else begin + args.max_seconds,
     )
     return plan, args.out
 
@@ -1017,6 +1024,21 @@ def step_settings(device: torch.device, batch: int, size: int, *, quick: bool) -
 
 def main(argv: list[str] | None = None) -> int:
     """Command-line entry; returns the exit code."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        return run(argv)
+    except KeyboardInterrupt:  # what was measured until then is written
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def run(argv: list[str] | None) -> int:
+    """``main``, but for interrupts."""
     if (fault := dali_fault()) is not None:
         print(f"loader.py: error: {fault}", file=sys.stderr)
         return EXIT_USER_ERROR
@@ -1026,11 +1048,11 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"loader.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
-    outcomes = measure(plan, results)
+    # Before what takes long, and may be cut off.
+    outcomes = training(plan, results) if plan.step is not None else {}
+    outcomes |= measure(plan, results)
     if "native" in plan.lines and "packed" in plan.lines:
         outcomes |= measure_host(plan, results)
-    if plan.step is not None:
-        outcomes |= training(plan, results)
     show(plan, results, outcomes)
     say(f"results: {out}")
     # A library that is not there is reported and is no failure of the benchmark.

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import harness
 import loader
@@ -51,6 +54,38 @@ def test_a_run_leaves_its_records(scenes: Path, tmp_path: Path, capsys: pytest.C
     printed = capsys.readouterr().out
     assert "CPU time by stage" in printed
     assert "hand-over" in printed
+
+
+def test_an_interrupted_run_keeps_what_it_measured(
+    plan: loader.Plan, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = loader.rate_lines
+
+    def cut_off(plan: loader.Plan) -> dict[str, harness.Line]:
+        def endless() -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        return {**lines(plan), "torchvision": endless}
+
+    monkeypatch.setattr(loader, "rate_lines", cut_off)
+    flags = ["--images", scenes / "images", "--saliency", scenes / "saliency", "--out", tmp_path, "--device", "cpu"]
+    flags += ["--lines", "numpy,torchvision", "--batch", 4, "--size", 64, "--threads", 1, "--repeats", 3]
+    before = signal.getsignal(signal.SIGTERM)
+    assert loader.main([str(flag) for flag in flags]) == 130
+    assert signal.getsignal(signal.SIGTERM) == before
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [(row["name"], row["variant"], row["repeats"]) for row in records] == [
+        ("loader", "numpy", 1),
+        ("loader_cpu", "numpy", 1),
+    ]
+
+
+def test_no_round_starts_after_the_deadline(scenes: Path, tmp_path: Path) -> None:
+    flags = ["--images", scenes / "images", "--saliency", scenes / "saliency", "--out", tmp_path, "--device", "cpu"]
+    flags += ["--lines", "numpy", "--batch", 4, "--size", 64, "--threads", 1, "--repeats", 9, "--max-seconds", "0.001"]
+    assert loader.main([str(flag) for flag in flags]) == 0
+    records = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert records and {row["repeats"] for row in records} == {1}
 
 
 def test_stages_are_told_for_both_layouts(
