@@ -34,39 +34,45 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import platform
 import random
-import resource
 import signal
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from cast_fast import checkpoint, distributed
 from cast_fast.accelerators import build_sgd
-from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args, differing_fields, flag
+from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args
 from cast_fast.data import layout, sampling, shards
 from cast_fast.data.batch import Batch, random_batch
 from cast_fast.data.saliency_crop import CropRule
+from cast_fast.display import Clock, Display
 from cast_fast.doctor import dali_fault
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
-from cast_fast.metrics import DELAY, STEP_SCALARS, CsvLog, Metrics, Reading
+from cast_fast.metrics import DELAY, STEP_SCALARS, Metrics, Reading
 from cast_fast.moco import MoCo
+from cast_fast.nonfinite import NonFinite
 from cast_fast.objective import Objective
 from cast_fast.optim import cosine_lr
 from cast_fast.parallel import RankSettings
+from cast_fast.run_folder import (
+    batch_norm_groups,
+    check_run_folder,
+    holds_run,
+    locked_run,
+    read_run_config,
+    require_same_config,
+    require_same_dataset,
+    write_atomically,
+)
+from cast_fast.signals import EXIT_STOPPED, Signals, Stopped
 from cast_fast.step import TrainStep, compile_fault, resolve_queue_dtype
 
 if TYPE_CHECKING:
@@ -76,15 +82,6 @@ logger = logging.getLogger("cast_fast")
 
 HELP = "pretrain an encoder"
 HEARTBEATS = "heartbeats"
-EXIT_STOPPED = 75
-"""EX_TEMPFAIL of sysexits.h: a run that a signal stopped and that ``--resume`` continues."""
-TIMING_EVERY = 10
-"""Steps that a row of timing.csv covers."""
-GROUP_SIZE = 32
-"""Samples of a BatchNorm group where nothing else is asked for: what a GPU had in the published recipes, 8 × 32."""
-LOG_SECONDS = 30.0
-"""Time between lines of progress where the output is no terminal."""
-_NAMED_SAMPLES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,17 +128,17 @@ def pretrain(config: PretrainConfig) -> Outcome:
         UserError: a setting, the dataset, the run folder or the disk does not allow the run, or it met too many
             non-finite steps in a row. Nothing saved earlier is lost.
     """
-    with _Signals() as signals:
+    with Signals() as signals:
         try:
             return _pretrain(config, signals)
-        except _Stopped as stopped:
+        except Stopped as stopped:
             logger.warning("%s before the first step: nothing to save", stopped)
             assert config.out is not None
             saved = checkpoint.steps(config.out)
             return Outcome(config.out, saved[0] if saved else 0, None, str(stopped))
 
 
-def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
+def _pretrain(config: PretrainConfig, signals: Signals) -> Outcome:
     config.require_dataset()
     assert config.out is not None
     world = distributed.world_from_environment()
@@ -166,12 +163,12 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
 
         def prepare() -> tuple[int | None, int, str]:
             nonlocal locked, saved, dataset
-            _check_run_folder(run, config, world.size)
+            check_run_folder(run, config, world.size)
             if locked := run.is_dir():
-                stack.enter_context(_locked(run))
+                stack.enter_context(locked_run(run))
             saved = checkpoint.find_last(run, set_aside=True) if config.resume else None
             if saved is not None:
-                _require_same_config(saved.config, saved.state["progress"], config, world.size, str(saved.path))
+                require_same_config(saved.config, saved.state["progress"], config, world.size, str(saved.path))
             groups = batch_norm_groups(config, world.size, None if saved is None else saved.state["progress"])
             dataset = _load_dataset(config)
             return None if saved is None else saved.step, groups, dataset.fingerprint()
@@ -192,7 +189,7 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         order = sampling.GlobalOrder(len(dataset.samples), config.seed, config.batch, world.rank, world.size)
         total = config.steps or (config.epochs or 0) * order.steps_per_epoch
         if saved is not None:
-            _require_same_dataset(saved.state["loader"], dataset)
+            require_same_dataset(saved.state["loader"], dataset)
             if saved.step >= total:
                 logger.info("%s is finished: all %d steps are done, nothing to do", run, total)
                 return Outcome(run, saved.step, total)
@@ -220,7 +217,7 @@ def _pretrain(config: PretrainConfig, signals: _Signals) -> Outcome:
         def claim() -> None:
             trainer.require_space()
             if not locked:
-                stack.enter_context(_locked(run))
+                stack.enter_context(locked_run(run))
 
         distributed.on_main(claim, "run folder")
         try:
@@ -296,128 +293,6 @@ def use_kernels(name: str, device: torch.device) -> bool:
     return fault is None
 
 
-def _holds_run(run: Path) -> bool:
-    """Whether a run took a step in this folder. One that failed before its first step may be started again."""
-    if checkpoint.steps(run):
-        return True
-    try:
-        with open(run / "metrics.csv", "rb") as handle:
-            return len(handle.readlines(2**16)) > 1  # more than the header
-    except OSError:
-        return False
-
-
-def _check_run_folder(run: Path, config: PretrainConfig, processes: int) -> None:
-    """Refuses a folder that is none, that holds a run which is not to be resumed, or a run of other settings."""
-    if run.exists() and not run.is_dir():
-        raise UserError(f"--out: got the file {run}, expected a folder")
-    if not _holds_run(run):
-        if config.resume:
-            logger.info("--resume: %s holds no run yet, starting a new one", run)
-        return
-    if not config.resume:
-        newest = checkpoint.steps(run)
-        at = f" (newest checkpoint: step {newest[0]})" if newest else ""
-        raise UserError(f"--out: {run} holds a run already{at}; continue it with --resume or name another folder")
-    path = run / "config.json"
-    if path.exists():
-        content = _read_run_config(path)
-        begun = content["starts"][0] if content["starts"] else {}
-        _require_same_config(content["config"], begun, config, processes, str(path))
-
-
-def _read_run_config(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-        if isinstance(content["config"], dict) and isinstance(content["starts"], list):
-            return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot read {path}: {error!r}; move it away to go by the checkpoints alone") from error
-    raise UserError(f"cannot read {path}: not written by cast_fast; move it away to go by the checkpoints alone")
-
-
-def batch_norm_groups(config: PretrainConfig, processes: int, begun: dict[str, Any] | None = None) -> int:
-    """BatchNorm groups of each process's batch; what ``--batch-norm-groups 0`` comes to is logged.
-
-    Args:
-        config: its batch is that of one process.
-        processes: W.
-        begun: of a run that goes on: its ``processes`` and ``batch_norm_groups`` (none: an older run, without groups).
-
-    Raises:
-        UserError: a run that goes on has another number of groups in all.
-    """
-    if config.key_bn == config.query_bn == "sync":
-        return 1
-    groups = config.batch_norm_groups
-    if begun is not None:
-        total = begun.get("processes", 1) * begun.get("batch_norm_groups", 1)
-        if groups and groups * processes != total:
-            raise UserError(
-                f"--resume: --batch-norm-groups: got {groups} on {processes} process{'es' if processes > 1 else ''}, "
-                f"expected {total} groups in all, as the run has had, or 0"
-            )
-        groups, rest = divmod(total, processes)
-        if rest or config.batch % groups:
-            logger.warning("BatchNorm: %d groups, one a process, instead of %d so far", processes, total)
-            return 1
-        return groups
-    if groups:
-        return groups
-    if processes > 1 or config.key_bn != "shuffle":
-        return 1
-    groups = config.batch // GROUP_SIZE
-    if config.batch % GROUP_SIZE or groups == 1:
-        logger.info(
-            "BatchNorm: one group: query and key share batch statistics that the queue's negatives lack, by which the "
-            "encoder can tell the key; --batch-norm-groups G, a divisor of --batch, prevents it"
-        )
-        return 1
-    logger.info("BatchNorm: %d groups of %d samples, keys shuffled over them", groups, GROUP_SIZE)
-    return groups
-
-
-def _require_same_config(
-    settings: dict[str, Any], processes: dict[str, Any], now: PretrainConfig, now_processes: int, where: str
-) -> None:
-    """Refuses changed settings. ``--batch`` may change with the number of processes: their product may not.
-
-    For ``--batch-norm-groups`` see ``batch_norm_groups``.
-    """
-    saved = dataclasses.replace(PretrainConfig.from_json(settings), batch_norm_groups=now.batch_norm_groups)
-    before, after = saved.batch * processes.get("processes", 1), now.batch * now_processes
-    if before != after and (now_processes > 1 or processes.get("processes", 1) > 1):
-        raise UserError(
-            f"--resume: the global batch differs from {where}: {before} -> {after} "
-            f"(--batch {now.batch} on {now_processes} processes); expected --batch times processes to be {before}"
-        )
-    if before == after:
-        saved = dataclasses.replace(saved, batch=now.batch)
-    if differing := differing_fields(saved, now):
-        changes = ", ".join(f"{flag(name)} {before} -> {after}" for name, (before, after) in differing.items())
-        raise UserError(f"--resume: the configuration differs from {where}: {changes}")
-
-
-def _require_same_dataset(saved: dict[str, Any], dataset: layout.Dataset) -> None:
-    if saved["dataset"] != dataset.fingerprint():
-        raise UserError(
-            f"--resume: the dataset changed: {saved['length']} usable samples when the checkpoint was written, "
-            f"{len(dataset.samples)} now, with other names or sizes; expected the same files"
-        )
-
-
-@contextlib.contextmanager
-def _locked(run: Path) -> Iterator[None]:
-    """Creates the run folder if need be and holds its lock."""
-    with contextlib.ExitStack() as stack:
-        try:
-            run.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(checkpoint.exclusive(run))
-        except OSError as error:
-            raise UserError(f"--out: cannot write into {run}: {error.strerror or error}") from error
-        yield
-
-
 def _load_dataset(config: PretrainConfig) -> layout.Dataset:
     if config.images is None:
         assert config.data is not None  # checked when the run began
@@ -479,7 +354,7 @@ class _Trainer:
         self.optimizer_record, self.groups = optimizer_record, groups
         self.first_step = self.step = 0
         self.saved_step: int | None = None
-        self.fresh = not _holds_run(self.run)
+        self.fresh = not holds_run(self.run)
         self.fingerprint = dataset.fingerprint()
         self.compiled = False
         self.saver = checkpoint.BackgroundSaver()
@@ -503,7 +378,7 @@ class _Trainer:
                        if (old := saved.versions.get(name)) != new]  # fmt: skip
             if changed:
                 logger.warning("versions changed since the checkpoint: %s: last bits may differ", ", ".join(changed))
-        self.nonfinite = _NonFinite(config.max_nonfinite, **nonfinite)
+        self.nonfinite = NonFinite(config.max_nonfinite, **nonfinite)
 
     def state(self) -> dict[str, Any]:
         """Everything that the rest of the run depends on; on many ranks this rank's share of it."""
@@ -563,7 +438,7 @@ class _Trainer:
             "starts": [],
         }
         if path.exists() and not self.fresh:
-            content = _read_run_config(path)
+            content = read_run_config(path)
         start = {
             "step": self.step,
             "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -587,7 +462,7 @@ class _Trainer:
                     )
         content["starts"].append(start)
         try:
-            _write_atomically(path, json.dumps(content, indent=2) + "\n")
+            write_atomically(path, json.dumps(content, indent=2) + "\n")
         except OSError as error:
             raise UserError(f"--out: cannot write into {self.run}: {error.strerror or error}") from error
         if self.dataset.faults:
@@ -648,9 +523,7 @@ class _Trainer:
         train_step.number = self.step
         return train_step
 
-    def train(
-        self, grid: tuple[int, int], global_batch: int, signals: _Signals, stack: contextlib.ExitStack
-    ) -> Outcome:
+    def train(self, grid: tuple[int, int], global_batch: int, signals: Signals, stack: contextlib.ExitStack) -> Outcome:
         """Steps until the end, a signal, or too many non-finite steps in a row."""
         config = self.config
         if self.step:
@@ -669,8 +542,8 @@ class _Trainer:
         self.nonfinite.open(self.run if main else None, self.step, self.dataset)
         stack.callback(self.nonfinite.close)
         distributed.on_main(lambda: self.write_run_folder(loader, train_step), "config.json")
-        display = stack.enter_context(_Display(self.step, self.total_steps, shown=main))
-        clock = _Clock(global_batch, self.device)
+        display = stack.enter_context(Display(self.step, self.total_steps, shown=main))
+        clock = Clock(global_batch, self.device)
         signals.defer()
         while self.step < self.total_steps and not self.nonfinite.too_many:
             if self.rank_stopped if many else signals.received is not None:
@@ -723,7 +596,7 @@ class _Trainer:
         logger.info("finished: %d steps in %s", self.step, self.run)
         return Outcome(self.run, self.step, self.total_steps)
 
-    def take(self, readings: list[Reading], display: _Display) -> None:
+    def take(self, readings: list[Reading], display: Display) -> None:
         """What the host learns about steps, a step or two after them."""
         for reading in readings:
             if self.world.size > 1:
@@ -746,7 +619,7 @@ class _Trainer:
         orders = [sampling.GlobalOrder(length, config.seed, config.batch, rank, self.world.size) for rank in suspects]
         return torch.from_numpy(np.concatenate([order.at(step - 1)[0] for order in orders]))
 
-    def report(self, signals: _Signals, host: tuple[float, int | None, int | None]) -> Tensor:
+    def report(self, signals: Signals, host: tuple[float, int | None, int | None]) -> Tensor:
         """What this rank adds to the sums over ranks: a signal, a failed loader (and whose), its fallback windows."""
         failed = self.loader_fault is not None
         told = (signals.received is not None, failed, failed * self.world.rank)
@@ -765,7 +638,7 @@ class _Trainer:
         known = (host[0], *(None if value is None else total for value, total in zip(host[1:], report.sums[3:])))
         return known, torch.cat([report.sums[:3], report.bad_ranks])
 
-    def save(self, metrics: Metrics, display: _Display, *, background: bool = False) -> None:
+    def save(self, metrics: Metrics, display: Display, *, background: bool = False) -> None:
         """Reads what is still on its way, then writes a checkpoint, unless this step has one; all ranks take part.
 
         With ``background`` it may still be on its way to the disk when this returns; the next call waits for it.
@@ -800,221 +673,3 @@ def _host(lr: float, batch: Batch) -> tuple[float, int | None, int | None]:
         return lr, None, None
     query, key = batch.fallback.sum(dim=0).tolist()
     return lr, query, key
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)
-
-
-class _NonFinite:
-    """Counts steps whose loss or gradient was not finite, and writes down their samples."""
-
-    COLUMNS = ("step", "loss", "grad_norm", "samples")
-
-    def __init__(self, limit: int, *, in_a_row: int, total: int) -> None:
-        self.limit, self.in_a_row, self.total = limit, in_a_row, total
-        self._log: CsvLog | None = None
-        self.too_many = False
-        self._run: Path | None = None
-        self._step = 0
-        self._dataset: layout.Dataset | None = None
-        self._last: tuple[int, list[str]] = (0, [])
-
-    def open(self, run: Path | None, step: int, dataset: layout.Dataset) -> None:
-        """Cuts an existing list back to ``step``; a new one is begun only when there is something to write.
-
-        Without a run folder steps are counted and nothing is written or said: that is rank 0's part.
-        """
-        self._run, self._step, self._dataset = run, step, dataset
-        if run is not None and (run / "nonfinite.csv").exists():
-            self._log = CsvLog(run / "nonfinite.csv", self.COLUMNS, step=step)
-
-    def close(self) -> None:
-        """Closes the list."""
-        if self._log is not None:
-            self._log.close()
-
-    def note(self, reading: Reading) -> None:
-        """Takes one step into account."""
-        if reading.finite:
-            self.in_a_row = 0
-            return
-        assert self._dataset is not None
-        self.in_a_row += 1
-        self.total += 1
-        samples = [self._dataset.samples[index].stem for index in reading.index.tolist()]
-        self._last = (reading.step, samples)
-        self.too_many = self.too_many or self.in_a_row >= self.limit
-        if self._run is None:
-            return
-        values = reading.values
-        logger.warning(
-            "step %d: loss %g, gradient norm %g: nothing was changed (%d such steps in a row, %d in all); samples %s",
-            reading.step, values["loss"], values["grad_norm"], self.in_a_row, self.total, _some(samples),
-        )  # fmt: skip
-        if self._log is None:
-            self._log = CsvLog(self._run / "nonfinite.csv", self.COLUMNS, step=self._step)
-        self._log.write([reading.step, values["loss"], values["grad_norm"], json.dumps(samples)])
-
-    def message(self, run: Path) -> str:
-        """Why the run stopped."""
-        step, samples = self._last
-        return (
-            f"{self.in_a_row} steps in a row had a non-finite loss or gradient (--max-nonfinite {self.limit}), the "
-            f"last one step {step} with the samples {_some(samples)}; they changed nothing, and the last good state is "
-            f"saved in {run}; nonfinite.csv lists all samples; a lower --lr or --clip-grad may help"
-        )
-
-
-def _some(samples: list[str]) -> str:
-    shown = ", ".join(samples[:_NAMED_SAMPLES])
-    return shown if len(samples) <= _NAMED_SAMPLES else f"{shown} and {len(samples) - _NAMED_SAMPLES} more"
-
-
-class _Stopped(BaseException):
-    """A signal that came before the first step, when there is nothing to save; the message is the signal's name."""
-
-    code = EXIT_STOPPED
-
-
-class _Signals:
-    """Turns SIGINT, SIGTERM and SIGUSR1 into a request; the second and later ones change nothing."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-
-    def __init__(self) -> None:
-        self.received: str | None = None
-        """Name of the first signal."""
-        self._deferred = False
-        self._previous: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _Signals:
-        # Python allows handlers in the main thread only; a caller in another thread keeps its own.
-        if threading.current_thread() is threading.main_thread():
-            for number in self.SIGNALS:
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def defer(self) -> None:
-        """From now on a signal waits for the end of the step, instead of ending the preparations at once."""
-        self._deferred = True
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        del frame
-        first = self.received is None
-        if first:
-            self.received = signal.Signals(number).name
-        if not self._deferred:
-            if first:
-                raise _Stopped(self.received)
-            return
-        # Not through logging: the handler may interrupt code that holds a logging lock.
-        text = "finishing the step, then saving" if first else "already stopping"
-        os.write(2, f"{signal.Signals(number).name}: {text}\n".encode())
-
-
-class _Clock:
-    """Times stretches of steps on the host's clock."""
-
-    def __init__(self, images_per_step: int, device: torch.device) -> None:
-        self._images, self._device = images_per_step, device
-        self._reset()
-
-    def _reset(self) -> None:
-        self._begin = time.perf_counter()
-        self._steps, self._waited = 0, 0.0
-
-    def start_waiting(self) -> None:
-        """The loader is asked for a batch."""
-        self._asked = time.perf_counter()
-
-    def stop_waiting(self) -> None:
-        """The loader delivered."""
-        self._waited += time.perf_counter() - self._asked
-
-    def tick(self) -> bool:
-        """Counts a step; whether the stretch is complete."""
-        self._steps += 1
-        return self._steps == TIMING_EVERY
-
-    def measure(self) -> tuple[float, float, float, int]:
-        """Seconds, images per second, share of the time waiting for the loader, peak memory; begins a new stretch."""
-        seconds = time.perf_counter() - self._begin
-        result = (seconds, self._images * self._steps / seconds, self._waited / seconds, _peak_memory(self._device))
-        self._reset()
-        return result
-
-
-def _peak_memory(device: torch.device) -> int:
-    """Bytes: most that torch reserved on the GPU, or the largest resident size of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-class _Display:
-    """A progress bar on a terminal, a log line now and then elsewhere; both on stderr."""
-
-    FIELDS = "loss {loss}  CAST {cast}  accuracy {accuracy}  {rate} images/s  loader {share}  {memory}"
-
-    def __init__(self, step: int, total_steps: int, shown: bool = True) -> None:
-        self._shown = shown
-        self._step, self._total = step, total_steps
-        self._fields: dict[str, str] = dict.fromkeys(("loss", "cast", "accuracy", "rate", "share", "memory"), "–")
-        self._progress: Progress | None = None
-        self._streams: list[tuple[logging.StreamHandler[Any], Any]] = []
-        self._logged = time.monotonic()
-
-    def __enter__(self) -> _Display:
-        console = Console(stderr=True)
-        if self._shown and console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"), MofNCompleteColumn(), BarColumn(bar_width=20), TimeRemainingColumn(),
-                TextColumn("{task.fields[text]}"), console=console, refresh_per_second=2,
-            )  # fmt: skip
-            self._task = self._progress.add_task("", completed=self._step, total=self._total, text=self._text())
-            self._progress.start()
-            # The bar captures sys.stderr; log handlers opened the real one before and would tear the bar.
-            for handler in logging.getLogger().handlers:
-                if isinstance(handler, logging.StreamHandler):
-                    self._streams.append((handler, handler.setStream(sys.stderr)))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handler, stream in self._streams:
-            handler.setStream(stream)
-        if self._progress is not None:
-            self._progress.stop()
-
-    def _text(self) -> str:
-        return self.FIELDS.format(**self._fields)
-
-    def reading(self, reading: Reading) -> None:
-        """Takes over a step's losses."""
-        values = reading.values
-        self._fields.update(
-            loss=f"{values['loss']:.3f}", cast=f"{values['loss_cast']:.3f}", accuracy=f"{values['accuracy']:.0%}"
-        )
-
-    def timing(self, timing: tuple[float, float, float, int]) -> None:
-        """Takes over a stretch's rates."""
-        _, rate, share, memory = timing
-        self._fields.update(rate=f"{rate:,.1f}", share=f"{share:.0%}", memory=f"{memory / 2**30:.1f} GiB")
-
-    def step(self, step: int) -> None:
-        """Shows that a step was launched."""
-        self._step = step
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step, text=self._text())
-        elif time.monotonic() - self._logged >= LOG_SECONDS or step == self._total:
-            self._logged = time.monotonic()
-            logger.info("step %d/%d  %s", step, self._total, self._text())

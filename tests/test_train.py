@@ -28,6 +28,7 @@ from cast_fast.config import PretrainConfig
 from cast_fast.data.batch import Batch
 from cast_fast.data.synthetic import write_dataset
 from cast_fast.errors import UserError
+from cast_fast.run_folder import batch_norm_groups
 from cast_fast.step import StepMetrics, TrainStep
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
@@ -297,7 +298,7 @@ def test_batch_norm_groups(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with caplog.at_level(logging.INFO, logger="cast_fast"):
-        assert train.batch_norm_groups(PretrainConfig(**changes), processes, begun) == groups
+        assert batch_norm_groups(PretrainConfig(**changes), processes, begun) == groups
     assert said in caplog.text and bool(said) == bool(caplog.text)
 
 
@@ -496,7 +497,7 @@ def test_changed_machine_is_said(
 
 def test_progress_bar_on_a_terminal(scenes: Path, run: Path) -> None:
     """The command under a pseudo-terminal: losses, rates and log lines, and nothing torn."""
-    code = "import sys; from cast_fast import train; train.TIMING_EVERY = 2; " + PLAIN.removeprefix("import sys; ")
+    code = "import sys; from cast_fast import display; display.TIMING_EVERY = 2; " + PLAIN.removeprefix("import sys; ")
     primary, secondary = pty.openpty()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TERM": "xterm", "COLUMNS": "160"}
     command = [sys.executable, "-c", code, *command_line(settings(scenes, run))]
