@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +68,34 @@ def test_parts_are_what_the_files_hold(files: list[Path], parts: int, threads: i
     assert len(found) == parts
     for part, column in enumerate(found):
         assert column == [contents[w][at : at + size] for w, at, size in places[:, part].tolist()]
+
+
+def in_memory(path: Path, offset: int, size: int) -> float:
+    """Share of a part's pages that the system holds in its page cache."""
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+        values = np.frombuffer(pages, np.uint8)
+        found = np.zeros(-(-len(values) // mmap.PAGESIZE), np.uint8)
+        arguments = (values.ctypes.data, len(values), found.ctypes.data)
+        assert ctypes.CDLL(None).mincore(*map(ctypes.c_void_p, arguments)) == 0
+        del values
+    return float((found[offset // mmap.PAGESIZE : -(-(offset + size) // mmap.PAGESIZE)] & 1).mean())
+
+
+def test_what_will_be_wanted_next_is_read_ahead(tmp_path: Path) -> None:
+    path, size = tmp_path / "large", 300_000
+    later = [[[0, (10 + i) << 20, size]] for i in range(4)]
+    with path.open("wb") as file:
+        file.write(np.random.default_rng(0).bytes(16 << 20))
+        file.flush()
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(path, 0, 16 << 20) > 0.01:
+        pytest.skip("this file system keeps files in memory")
+    read([path], [[[0, i << 20, size]] for i in range(4)], later)
+    deadline = time.monotonic() + 20
+    while min(in_memory(path, place[1], size) for [place] in later) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_what_will_be_wanted_next_may_fail_later(files: list[Path]) -> None:
