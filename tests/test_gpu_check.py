@@ -245,17 +245,17 @@ def test_a_failed_phase_does_not_stop_the_others_and_is_repeated_on_demand(bench
 
 def test_the_next_call_goes_on_where_time_ran_out(bench: Bench) -> None:
     bench.rule("kernels.py", "exit 124")  # what timeout says; the phase had less than its limit of 300 s
-    done = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512", seconds=120)
+    done = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-256", seconds=170)
     assert done.returncode == 75
     assert bench.status("environment") == "ok"
     assert "kernels: cut off" in done.stdout
-    assert "ladder-512: left for the next call" in done.stdout
+    assert "ladder-256: left for the next call" in done.stdout
     assert "call again with the same OUTDIR" in done.stdout
     bench.rule("kernels.py", "")
-    again = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-512")
+    again = bench.call("--only", "environment", "--only", "kernels", "--only", "ladder-256")
     assert again.returncode == 0
     assert not any("ceilings.py" in call for call in bench.calls)
-    assert [bench.status(name) for name in ("kernels", "ladder-512")] == ["ok", "ok"]
+    assert [bench.status(name) for name in ("kernels", "ladder-256")] == ["ok", "ok"]
 
 
 def test_a_phase_over_its_own_limit_has_failed(bench: Bench) -> None:
