@@ -679,6 +679,9 @@ def measure_host(plan: Plan, results: harness.Results) -> dict[str, harness.Outc
     Kinds are those of ``thread_cpu``. The bound is what one process could load if the thread pool took no time: the
     images a second of the busier of the other two kinds, each of which is one thread at a time.
     """
+    if thread_cpu()["python"] == 0:
+        say("CPU time by thread: not measured, as this system does not tell it (/proc/self/task/*/schedstat)")
+        return {}
     # shards of their own: in the plan's folder they would take the place of the dataset's
     plan = dataclasses.replace(plan, batch=HOST_BATCH, size=HOST_SIDE, shards=plan.shards / f"tiny-{HOST_SIDE}")
     tiny = tiny_dataset(plan.shards)

@@ -160,6 +160,18 @@ def test_the_share_of_each_kind_of_thread(
     assert f"{1 / bound.median:,.0f}" in printed
 
 
+def test_a_system_that_does_not_tell_of_threads(
+    plan: loader.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(loader, "thread_cpu", lambda: dict.fromkeys(loader.THREADS, 0.0))
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    assert loader.measure_host(plan, results) == {}
+    assert not results.records
+    assert "not measured, as this system" in capsys.readouterr().err
+    loader.show_host({})
+    assert capsys.readouterr().out == ""
+
+
 def test_threads_are_told_apart() -> None:
     begin = loader.thread_cpu()
     sum(range(2_000_000))
