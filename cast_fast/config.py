@@ -217,7 +217,10 @@ class PretrainConfig:
         if self.data is not None and (self.images is not None or self.saliency is not None):
             raise UserError("--data and --images/--saliency: expected one dataset, got both layouts")
         if self.images is not None and self.saliency is None and self.needs_saliency:
-            raise UserError(f"--saliency is missing: --method {self.method} needs maps (--method moco does not)")
+            raise UserError(
+                f"--saliency is missing: --method {self.method} needs maps; cast-fast saliency makes some, and "
+                "--method moco needs none"
+            )
         if self.saliency is not None and self.images is None:
             raise UserError("--images is missing: got --saliency alone")
         self._require_groups()

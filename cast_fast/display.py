@@ -17,7 +17,7 @@ from cast_fast.metrics import Reading
 logger = logging.getLogger("cast_fast")
 
 TIMING_EVERY = 10
-"""Steps that a row of timing.csv covers."""
+"""Steps that a row of timing.csv covers; the only row of a shorter run covers them all."""
 LOG_SECONDS = 30.0
 """Time between lines of progress where the output is no terminal."""
 
@@ -27,6 +27,7 @@ class Clock:
 
     def __init__(self, images_per_step: int, device: torch.device) -> None:
         self._images, self._device = images_per_step, device
+        self._measured = False
         self._reset()
 
     def _reset(self) -> None:
@@ -41,15 +42,16 @@ class Clock:
         """The loader delivered."""
         self._waited += time.perf_counter() - self._asked
 
-    def tick(self) -> bool:
-        """Counts a step; whether the stretch is complete."""
+    def tick(self, last: bool) -> bool:
+        """Counts a step, perhaps the last; whether there is a stretch to measure."""
         self._steps += 1
-        return self._steps == TIMING_EVERY
+        return self._steps == TIMING_EVERY or (last and not self._measured)
 
     def measure(self) -> tuple[float, float, float, int]:
         """Seconds, images per second, share of the time waiting for the loader, peak memory; begins a new stretch."""
         seconds = time.perf_counter() - self._begin
         result = (seconds, self._images * self._steps / seconds, self._waited / seconds, _peak_memory(self._device))
+        self._measured = True
         self._reset()
         return result
 

@@ -82,6 +82,8 @@ logger = logging.getLogger("cast_fast")
 
 HELP = "pretrain an encoder"
 HEARTBEATS = "heartbeats"
+FULL_SIZE = 224
+"""Side of the crops that is too much for a CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +146,11 @@ def _pretrain(config: PretrainConfig, signals: Signals) -> Outcome:
     world = distributed.world_from_environment()
     config.require_queue(world.size)
     device = resolve_device(config.device, world)
+    if device.type == "cpu" and config.size >= FULL_SIZE and world.is_main:
+        logger.warning(
+            "a CPU is slow at --size %d; to try things out: --arch resnet18 --size 64 --batch 16 --queue-size 256",
+            config.size,
+        )
     kernels = use_kernels(config.kernels, device)
     grid = cam_grid(config.arch, config.size)
     if config.batch // max(config.batch_norm_groups, 1) * grid[0] * grid[1] < 2:
@@ -575,7 +582,7 @@ class _Trainer:
             scalars = [getattr(result, name) for name in STEP_SCALARS]
             metrics.record(self.step, scalars, extra[0], batch.index, extra[1])
             self.take(metrics.read(), display)
-            if clock.tick():
+            if clock.tick(last=self.step == self.total_steps):
                 timing = clock.measure()
                 metrics.record_timing(self.step, *timing)
                 display.timing(timing)

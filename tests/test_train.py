@@ -156,6 +156,9 @@ def test_run_folder(undisturbed: Path, scenes: Path) -> None:
         assert float(row["cast_samples"]) + float(row["empty_key_mask"]) == 4
     assert float(rows[0]["lr"]) == pytest.approx(0.5 * 4 / 256)
     assert float(rows[-1]["lr"]) < 0.1 * float(rows[0]["lr"])
+    with open(undisturbed / "timing.csv", newline="") as handle:
+        (timing,) = csv.DictReader(handle)  # fewer steps than a stretch has
+    assert int(timing["step"]) == TOTAL and float(timing["images_per_second"]) > 0
     assert checkpoint.steps(undisturbed) == [6, 4, 2]
     assert list((undisturbed / "tensorboard").iterdir())
     assert not (undisturbed / "nonfinite.csv").exists() and not (undisturbed / "skipped.jsonl").exists()
