@@ -30,7 +30,7 @@ from cast_fast.errors import UserError
 from cast_kernels import dali_plugin
 
 pytest.importorskip("nvidia.dali", reason="DALI is not installed")
-from cast_fast.data.dali_loader import Augmentation, DaliLoader, Recipe, Source, cast_pipeline
+from cast_fast.data.dali_loader import Augmentation, DaliLoader, Recipe, Source, cast_pipeline, default_threads
 
 SIZE = 64
 GRID = (2, 2)
@@ -743,6 +743,24 @@ def test_a_failure_without_a_culprit_stays_an_error(dataset: Dataset, monkeypatc
 def test_loader_refuses_nonsense(dataset: Dataset, changes: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         _loader(dataset, **changes)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "own", "threads"),
+    [(None, 64, 64), ("1", 64, 64), ("8", 64, 8), ("8", 16, 16), ("100", 64, 1), ("0", 64, 64), ("many", 64, 64)],
+)
+def test_ranks_of_a_machine_share_its_cores(
+    dataset: Dataset, ranks: str | None, own: int, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 16 of 64 cores a rank has been given its own."""
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(own)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    assert default_threads() == threads
+    assert _loader(dataset, threads=0)._threads == threads
+    assert _loader(dataset, threads=3)._threads == 3
 
 
 def test_a_batch_beyond_the_dataset_is_refused(dataset: Dataset) -> None:

@@ -702,7 +702,7 @@ class DaliLoader:
         attention: make the maps of the attention loss.
         seed: of the order and of everything random, 0 <= seed < 2**64.
         device: ``"cpu"`` or ``"cuda"`` (the current CUDA device).
-        threads: DALI's CPU threads; 0 for one a core that this process may use. They change no result.
+        threads: DALI's CPU threads; 0 for ``default_threads()``. They change no result.
         rank, world: this process among all; the global batch is ``batch * world``.
         start_step: the first step to deliver.
         native: windows and, on a CPU, views by the native operators (True), windows by NumPy and views by DALI's own
@@ -766,7 +766,7 @@ class DaliLoader:
         self._order = sampling.GlobalOrder(len(dataset.samples), seed, batch, rank, world)
         self._dataset = dataset
         self._fingerprint = dataset.fingerprint()
-        self._threads = threads or len(os.sched_getaffinity(0))
+        self._threads = threads or default_threads()
         self._device_id = torch.cuda.current_device() if device == "cuda" else None
         self._max_broken_share = max_broken_share
         self.broken: dict[int, str] = {}
@@ -885,6 +885,18 @@ class DaliLoader:
                 f"{next(reversed(self.broken.values()))} (cannot be decoded; {len(self.broken)} of {length} samples "
                 f"are broken, tolerated: {self._max_broken_share:.1%}; `cast-fast validate` lists all)"
             ) from error
+
+
+def default_threads() -> int:
+    """One thread a core that this process may use; its share of them where the ranks of a machine have all in common.
+
+    A launcher that gives each rank cores of its own is taken at its word.
+    """
+    own = len(os.sched_getaffinity(0))
+    ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's
+    if own < (os.cpu_count() or own) or not ranks.isdecimal():
+        return own
+    return max(1, own // max(1, int(ranks)))
 
 
 def _choose_native(wanted: bool | None, cuda: bool) -> bool:
