@@ -80,6 +80,14 @@ def test_numbers_depend_on_the_seed_alone(pictures: Pictures) -> None:
     assert one != shared([2, 5], seed=5)
 
 
+def test_every_pair_of_every_picture_has_its_own_random_numbers() -> None:
+    saliency = np.zeros((300, 400), np.uint8)
+    saliency[100:200, 150:250] = 255
+    found = [crops.window_pairs(saliency, index, CropRule(), pairs=2, seed=3) for index in range(3)]
+    windows = {(*w.query.tolist(), *w.key.tolist()) for pairs in found for both in pairs for w in both}
+    assert len(windows) == 3 * 2 * 2
+
+
 def test_rows_are_random_pictures_and_those_that_share_least() -> None:
     tally = Tally(shared=[0.5, 0.4, 0.3, 0.0, 0.9, 0.8, 0.1, 0.7])
     found = [(e.index, e.pair, e.reason) for e in choose([7, 3, 5, 1], tally, 3, pairs=2)]
