@@ -44,6 +44,7 @@ batch_norm_module = importlib.import_module("cast_kernels.batch_norm")
 BATCH_NORM = (
     "batch_norm_statistics",
     "batch_norm_apply",
+    "batch_norm_apply_mask",
     "batch_norm_relu_reduce",
     "batch_norm_relu_input_gradient",
     "batch_norm_add_reduce",
@@ -168,13 +169,16 @@ def batch_norm_works(samples: int, channels: int, side: int, dtype: torch.dtype,
     shape: dict[str, int | str] = {"N": samples, "C": channels, "H": side, "W": side}
     element = samples * channels * dtype.itemsize
     full, pooled, choices = element * side * side, element * small * small, samples * channels * small * small
-    # Arguments in the operator's order: x a map, p a pooled one, c choices, v a vector; and bytes read and written.
+    bits = samples * ((channels + 7) // 8) * side * side
+    # Arguments in the operator's order: x a map, p a pooled one, c choices, m a mask, v a vector; and bytes read and
+    # written.
     table = {
         "batch_norm_statistics": ("x", full),
         "batch_norm_apply": ("xvvvxvvv", 3 * full),
+        "batch_norm_apply_mask": ("xvvvxvvv", 3 * full + bits),
         "batch_norm_relu_reduce": ("xxvvv", 2 * full),
         "batch_norm_relu_input_gradient": ("xxvvvvv", 3 * full),
-        "batch_norm_add_reduce": ("xxxxvxv", 6 * full),
+        "batch_norm_add_reduce": ("xxmxvxv", 5 * full + bits),
         "batch_norm_input_gradient": ("xxvvvv", 3 * full),
         "batch_norm_input_gradients": ("xxvvvvxvvvv", 5 * full),
         "batch_norm_relu_pool": ("xvvv", full + pooled + choices),
@@ -208,6 +212,10 @@ def batch_norm_work(
         def argument(kind: str) -> Tensor:
             if kind == "v":
                 return random(channels)
+            if kind == "m":
+                octets = (samples, (channels + 7) // 8, side, side)
+                mask = torch.randint(256, octets, generator=generator, device=device, dtype=torch.uint8)
+                return mask.to(memory_format=torch.channels_last)
             edge = side if kind == "x" else small
             if kind == "c":
                 # Of the centre alone it is certain that it lies in the image.
@@ -261,8 +269,8 @@ def streamed_layer(form: str, x: Tensor, shortcut: Tensor, dy: Tensor, weight: T
         y = cast_kernels.batch_norm_apply(x, mean, scale, bias)
         total, tilted = cast_kernels.batch_norm_relu_reduce(dy, x, mean, scale, bias).unbind()
     elif form == "add":
-        y = cast_kernels.batch_norm_apply(x, mean, scale, bias, shortcut)
-        g, sums = cast_kernels.batch_norm_add_reduce(dy, None, y, x, mean)
+        y, mask = cast_kernels.batch_norm_apply_mask(x, mean, scale, bias, shortcut)
+        g, sums = cast_kernels.batch_norm_add_reduce(dy, None, mask, x, mean)
         total, tilted = sums.unbind()
     else:
         y, choice = cast_kernels.batch_norm_relu_pool(x, mean, scale, bias)
@@ -298,10 +306,12 @@ def layer_work(form: str, samples: int, channels: int, side: int, dtype: torch.d
     }
     element = samples * channels * dtype.itemsize
     full, pooled, choices = element * side * side, element * small * small, samples * channels * small * small
-    # Forward: x twice, y. Backward: relu dy, x; dy, x, dx. add dy, y, x, g; g, x, dx. pool dy, choice, x; the same, dx.
+    bits = samples * ((channels + 7) // 8) * side * side
+    # Forward: x twice, y. Backward: relu dy, x; dy, x, dx. add dy, mask, x, g; g, x, dx. pool dy, choice, x; the same
+    # and dx.
     moved = {
         "relu": 8 * full,
-        "add": 4 * full + 7 * full,
+        "add": 4 * full + bits + 6 * full + bits,
         "pool": 2 * full + pooled + choices + (full + pooled + choices) + (2 * full + pooled + choices),
     }[form]
     shape: dict[str, int | str] = {"form": form, "N": samples, "C": channels, "H": side, "W": side}

@@ -108,7 +108,8 @@ def _batch_norm(
 ) -> list[Case]:
     """Every operator of the BatchNorm family, with each of its optional arguments."""
     norm = batch_norm
-    x, dy, dy_skip, y, shortcut = (_maps(samples, channels, side, dtype) for _ in range(5))
+    x, dy, dy_skip, shortcut = (_maps(samples, channels, side, dtype) for _ in range(4))
+    mask = _maps(samples, (channels + 7) // 8, side, torch.uint8)
     pooled, pooled_skip = (_maps(samples, channels, (side + 1) // 2, dtype) for _ in range(2))
     choice = _maps(samples, channels, (side + 1) // 2, torch.uint8)
     mean, scale, bias, constant, slope, mean2, scale2, bias2, constant2, slope2 = (
@@ -121,11 +122,13 @@ def _batch_norm(
         ("apply", 1, norm._apply.plan(x, mean, scale, bias)),
         ("apply, shortcut", 2, norm._apply.plan(x, mean, scale, bias, shortcut)),
         ("apply, two", 2, norm._apply.plan(x, mean, scale, bias, shortcut, mean2, scale2, bias2)),
+        ("apply_mask, shortcut", 2, norm._apply_mask.plan(x, mean, scale, bias, shortcut)),
+        ("apply_mask, two", 2, norm._apply_mask.plan(x, mean, scale, bias, shortcut, mean2, scale2, bias2)),
         ("relu_reduce", 2, norm._relu_reduce.plan(dy, x, mean, scale, bias)),
         ("relu_input_gradient", 2, norm._relu_input_gradient.plan(dy, x, mean, scale, bias, constant, slope)),
-        ("add_reduce, one", 3, norm._add_reduce.plan(dy, None, y, x, mean)),
-        ("add_reduce", 4, norm._add_reduce.plan(dy, dy_skip, y, x, mean)),
-        ("add_reduce, two", 5, norm._add_reduce.plan(dy, dy_skip, y, x, mean, shortcut, mean2)),
+        ("add_reduce, one", 2, norm._add_reduce.plan(dy, None, mask, x, mean)),
+        ("add_reduce", 3, norm._add_reduce.plan(dy, dy_skip, mask, x, mean)),
+        ("add_reduce, two", 4, norm._add_reduce.plan(dy, dy_skip, mask, x, mean, shortcut, mean2)),
         ("input_gradient", 2, norm._input_gradient.plan(dy, x, *first)),
         ("input_gradients", 3, norm._input_gradients.plan(dy, x, *first, shortcut, *second)),
         ("relu_pool", 9, norm._relu_pool.plan(x, mean, scale, bias)),
@@ -145,7 +148,8 @@ def _batch_norm(
     for name, tiles, (sweep, *combine) in plans:
         elements = sweep.constants["BLOCK_R"] * sweep.constants["BLOCK_C"] * dtype.itemsize
         wide = 0 if channels % 16 else tiles * elements // (sweep.num_warps * 32 * 16)
-        narrow = 16 if dtype.itemsize == 2 and not channels % 16 else 0
+        # A thread's two bytes of a mask are a load of 16 bits.
+        narrow = 16 if dtype.itemsize == 2 and not channels % 16 and not name.startswith("add_reduce") else 0
         found.append(Case(f"batch_norm {name} {suffix}", sweep, wide, narrow))
         if combine and parts == 1 and dtype == torch.bfloat16 and name in ("statistics", "relu_reduce"):
             found.append(Case(f"batch_norm {name} {suffix}, combine", combine[0], 0, 0))

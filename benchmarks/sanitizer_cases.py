@@ -32,16 +32,18 @@ NORMS = ((1, 1, 1, 1), (3, 65, 7, 7), (2, 3, 6, 1), (1, 200, 5, 9))
 BATCH_NORM = {
     "batch_norm_statistics": ("x",),
     "batch_norm_apply": ("xvvv", "xvvvx", "xvvvxvvv"),
-    "batch_norm_relu_reduce": ("xxvvv",),
+    "batch_norm_relu_reduce": ("xxvvv", "xxVVV"),
     "batch_norm_relu_input_gradient": ("xxvvvvv",),
-    "batch_norm_add_reduce": ("x-xxv", "xxxxv", "xxxxvxv"),
+    "batch_norm_apply_mask": ("xvvvx", "xvvvxvvv", "xVVVxVVV"),
+    "batch_norm_add_reduce": ("x-mxv", "xxmxv", "xxmxvxv", "xxmxVxV"),
     "batch_norm_input_gradient": ("xxvvvv",),
     "batch_norm_input_gradients": ("xxvvvvxvvvv",),
     "batch_norm_relu_pool": ("xvvv",),
-    "batch_norm_relu_pool_reduce": ("p-cxvvv", "ppcxvvv"),
-    "batch_norm_relu_pool_input_gradient": ("p-cxvvvvv", "ppcxvvvvv"),
+    "batch_norm_relu_pool_reduce": ("p-cxvvv", "ppcxvvv", "ppcxVVV"),
+    "batch_norm_relu_pool_input_gradient": ("p-cxvvvvv", "ppcxvvvvv", "ppcxVVVVV"),
 }
-"""Arguments of each operator: x a map, p one behind the pool, c choices, v a vector, - None."""
+"""Arguments of each operator: x a map, p one behind the pool, c choices, m a mask, v a vector, V one for each sample (a
+part each), - None."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Case = tuple[str, Callable[[], float]]
@@ -76,11 +78,14 @@ def cases(device: torch.device) -> Iterator[Case]:
         def argument(kind: str, shape=shape, pooled=pooled, dtype=dtype) -> Tensor | None:
             if kind == "-":
                 return None
-            if kind == "v":
-                return random(shape[1], dtype=torch.float32)
+            if kind in "vV":
+                return random(*shape[0 if kind == "V" else 1 : 2], dtype=torch.float32)
             if kind == "c":
                 # Of the centre alone it is certain that it lies in the image.
                 value = torch.full(pooled, 4, dtype=torch.uint8, device=device)
+            elif kind == "m":
+                octets = (shape[0], (shape[1] + 7) // 8, *shape[2:])
+                value = torch.randint(256, octets, generator=generator, dtype=torch.uint8).to(device)
             else:
                 value = random(*(shape if kind == "x" else pooled), dtype=dtype)
             return value.contiguous(memory_format=torch.channels_last)

@@ -5,13 +5,14 @@
     python benchmarks/step_bytes.py --check --only NAME  exits 1 if a case is worse than the stored table
 
 ``cast_fast.forward.step_losses`` is traced with tensors that have no storage, lowered by Inductor for an H200 that is
-not there (``inductor_bytes``), as ``TrainStep`` calls it (BatchNorm's counters apart), and counted: graphs and graph breaks; for forward and backward pass the scheduled nodes
-and the bytes of the buffers that each reads and writes, by kind; the activations kept in between. A buffer counts once
-a call, also the upstream gradient that cuDNN reads in two kernels for the two gradients of a convolution: what that
-adds stands beside it (``second_reading_bytes``). An operator of ``cast_kernels`` is one call; its partial sums, a few
-hundred KB, are left out. The generated source then runs without storage, and the eager step as well: every allocation
-and deletion is followed, for the peaks. Nothing is launched: this says what a GPU is asked to do, not how long it
-takes. Optimizer and momentum update are outside of the region.
+not there (``inductor_bytes``), as ``TrainStep`` calls it (BatchNorm's counters apart), and counted: graphs and graph
+breaks; for forward and backward pass the scheduled nodes and the bytes of the buffers that each reads and writes, by
+kind; the activations kept in between. A buffer counts once a call, also the upstream gradient that cuDNN reads in two
+kernels for the two gradients of a convolution: what that adds stands beside it (``second_reading_bytes``). An operator
+of ``cast_kernels`` is one call; its partial sums, a few hundred KB, are left out. The generated source then runs
+without storage, and the eager step as well: every allocation and deletion is followed, for the peaks. Nothing is
+launched: this says what a GPU is asked to do, not how long it takes. Optimizer and momentum update are outside of the
+region.
 
 Counts belong to a version of torch. ``--check`` with another version than the table's says so and exits 3.
 """

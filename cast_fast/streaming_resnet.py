@@ -10,7 +10,8 @@ sweep over the activations. What the composition adds to the operators:
   twice (``Branches``, two names of one memory), so that autograd hands both gradients over and the sweep that masks and
   sums them is the one that adds them: no addition of its own, and the joined gradient is written once;
 * a ReLU inside a block is not saved: its mask is computed again from the convolution's output, which BatchNorm needs in
-  any case; the stem saves one byte a pooled pixel instead of its full-size activation.
+  any case; of the one at its end a bit an element is saved, for the gradient to read instead of the block's output; the
+  stem saves one byte a pooled pixel instead of its full-size activation.
 
 Only training mode streams. In eval mode a block is torch's own modules, one after the other.
 """
@@ -30,6 +31,7 @@ from cast_fast.sync_batch_norm import SyncBatchNorm2d, join_statistics
 from cast_kernels import (
     batch_norm_add_reduce,
     batch_norm_apply,
+    batch_norm_apply_mask,
     batch_norm_input_gradient,
     batch_norm_input_gradients,
     batch_norm_relu_input_gradient,
@@ -148,7 +150,7 @@ class StreamingBlock(nn.Module):
             main = _NormRelu.apply(x, batch_statistics(norm, x, batches), *_settings(norm))
         conv, norm = self._layer(self.depth)
         x = conv(main)
-        arguments = [self.splits, x, batch_statistics(norm, x, batches), *_settings(norm)]
+        arguments = [self.splits, torch.is_grad_enabled(), x, batch_statistics(norm, x, batches), *_settings(norm)]
         if self.projects:
             conv, norm = self._shortcut()
             shortcut = conv(skip)
@@ -327,12 +329,13 @@ class _NormRelu(torch.autograd.Function):
 
 
 class _NormAddRelu(torch.autograd.Function):
-    """ReLU(BatchNorm(x) + shortcut), given out twice where ``splits`` says so."""
+    """ReLU(BatchNorm(x) + shortcut), given out twice where ``splits`` says so; differentiable with ``keeps``."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         splits: bool,
+        keeps: bool,
         x: Tensor,
         moments: Tensor,
         weight: Tensor,
@@ -342,28 +345,33 @@ class _NormAddRelu(torch.autograd.Function):
         shortcut: Tensor,
     ) -> Any:
         vectors = _vectors(moments, weight, bias, eps)
-        y = batch_norm_apply(x, vectors.mean, vectors.scale, vectors.bias, shortcut)
-        ctx.save_for_backward(y, x, *vectors)
+        arguments = (x, vectors.mean, vectors.scale, vectors.bias, shortcut)
+        if keeps:
+            y, mask = batch_norm_apply_mask(*arguments)
+            ctx.save_for_backward(mask, x, *vectors)
+        else:
+            y = batch_norm_apply(*arguments)
         ctx.synced, ctx.dtype = synced, weight.dtype
         return (y, y.view_as(y)) if splits else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dy_skip: Tensor | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, x, mean, inverse, scale, bias = ctx.saved_tensors
-        g, sums = batch_norm_add_reduce(dy, dy_skip, y, x, mean)
+        mask, x, mean, inverse, scale, bias = ctx.saved_tensors
+        g, sums = batch_norm_add_reduce(dy, dy_skip, mask, x, mean)
         constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
         dx = batch_norm_input_gradient(g, x, mean, scale, constant, slope)
         dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
-        return None, dx, None, dweight, dbias, None, None, g
+        return None, None, dx, None, dweight, dbias, None, None, g
 
 
 class _NormAddNormRelu(torch.autograd.Function):
-    """ReLU(BatchNorm(x) + BatchNorm(shortcut)), given out twice where ``splits`` says so."""
+    """``_NormAddRelu`` with a BatchNorm of the shortcut."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any,
         splits: bool,
+        keeps: bool,
         x: Tensor,
         moments: Tensor,
         weight: Tensor,
@@ -379,16 +387,20 @@ class _NormAddNormRelu(torch.autograd.Function):
     ) -> Any:
         one = _vectors(moments, weight, bias, eps)
         other = _vectors(shortcut_moments, shortcut_weight, shortcut_bias, shortcut_eps)
-        y = batch_norm_apply(x, one.mean, one.scale, one.bias, shortcut, other.mean, other.scale, other.bias)
-        ctx.save_for_backward(y, x, *one, shortcut, *other)
+        arguments = (x, one.mean, one.scale, one.bias, shortcut, other.mean, other.scale, other.bias)
+        if keeps:
+            y, mask = batch_norm_apply_mask(*arguments)
+            ctx.save_for_backward(mask, x, *one, shortcut, *other)
+        else:
+            y = batch_norm_apply(*arguments)
         ctx.synced, ctx.dtype = synced, weight.dtype
         ctx.shortcut_synced = shortcut_synced
         return (y, y.view_as(y)) if splits else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dy_skip: Tensor | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        y, x, mean, inverse, scale, bias, shortcut, mean_s, inverse_s, scale_s, bias_s = ctx.saved_tensors
-        g, sums = batch_norm_add_reduce(dy, dy_skip, y, x, mean, shortcut, mean_s)
+        mask, x, mean, inverse, scale, bias, shortcut, mean_s, inverse_s, scale_s, bias_s = ctx.saved_tensors
+        g, sums = batch_norm_add_reduce(dy, dy_skip, mask, x, mean, shortcut, mean_s)
         one, other = _Vectors(mean, inverse, scale, bias), _Vectors(mean_s, inverse_s, scale_s, bias_s)
         coefficients = _coefficients(sums[0], sums[1], one, x, ctx.synced)
         coefficients_s = _coefficients(sums[0], sums[2], other, shortcut, ctx.shortcut_synced)
@@ -397,7 +409,9 @@ class _NormAddNormRelu(torch.autograd.Function):
         )
         dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
         dweight_s = _of_parameter(sums[2] * inverse_s, ctx.dtype)
-        return None, dx, None, dweight, dbias, None, None, dshortcut, None, dweight_s, dbias.clone(), None, None
+        gradients = (dx, None, dweight, dbias, None, None)
+        shortcut_gradients = (dshortcut, None, dweight_s, dbias.clone(), None, None)
+        return None, None, *gradients, *shortcut_gradients
 
 
 class _NormReluPool(torch.autograd.Function):

@@ -9,6 +9,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -60,7 +61,7 @@ class Inputs:
     x: Tensor
     dy: Tensor
     dy_skip: Tensor
-    y: Tensor
+    mask: Tensor
     shortcut: Tensor
     pooled: Tensor
     pooled_skip: Tensor
@@ -106,7 +107,16 @@ def inputs(
     near = z.abs() < 1e-3
     x = torch.where(near, (centre + (1 - level) / factor).to(dtype), x)
     choice = torch.randint(0, 9, small, generator=generator, dtype=torch.uint8, device=device)
-    values = [x, maps(shape), maps(shape), maps(shape).relu(), maps(shape), maps(small), maps(small), inside(choice, x)]
+    values = [
+        x,
+        maps(shape),
+        maps(shape),
+        packed(maps(shape)),
+        maps(shape),
+        maps(small),
+        maps(small),
+        inside(choice, x),
+    ]
     vectors = (mean, scale, bias, constant, slope, shortcut_mean, shortcut_scale, shortcut_bias)
     values = [tensor.contiguous(memory_format=torch.channels_last) for tensor in values]
     return Inputs(**{field.name: tensor for field, tensor in zip(dataclasses.fields(Inputs), (*values, *vectors))})
@@ -137,20 +147,28 @@ CALLS: dict[str, tuple[Any, Callable[[Inputs], tuple[Any, ...]]]] = {
             *(i.shortcut, i.shortcut_mean, i.shortcut_scale, i.shortcut_bias),
         ),
     ),
+    "apply-mask": (module._apply_mask, lambda i: (i.x, i.mean, i.scale, i.bias, i.shortcut)),
+    "apply-mask-two": (
+        module._apply_mask,
+        lambda i: (
+            *(i.x, i.mean, i.scale, i.bias),
+            *(i.shortcut, i.shortcut_mean, i.shortcut_scale, i.shortcut_bias),
+        ),
+    ),
     "relu-reduce": (module._relu_reduce, lambda i: (i.dy, i.x, i.mean, i.scale, i.bias)),
     "relu-input-gradient": (
         module._relu_input_gradient,
         lambda i: (i.dy, i.x, i.mean, i.scale, i.bias, i.constant, i.slope),
     ),
-    "add-reduce": (module._add_reduce, lambda i: (i.dy, None, i.y, i.x, i.mean)),
-    "add-reduce-skip": (module._add_reduce, lambda i: (i.dy, i.dy_skip, i.y, i.x, i.mean)),
+    "add-reduce": (module._add_reduce, lambda i: (i.dy, None, i.mask, i.x, i.mean)),
+    "add-reduce-skip": (module._add_reduce, lambda i: (i.dy, i.dy_skip, i.mask, i.x, i.mean)),
     "add-reduce-two": (
         module._add_reduce,
-        lambda i: (i.dy, None, i.y, i.x, i.mean, i.shortcut, i.shortcut_mean),
+        lambda i: (i.dy, None, i.mask, i.x, i.mean, i.shortcut, i.shortcut_mean),
     ),
     "add-reduce-skip-two": (
         module._add_reduce,
-        lambda i: (i.dy, i.dy_skip, i.y, i.x, i.mean, i.shortcut, i.shortcut_mean),
+        lambda i: (i.dy, i.dy_skip, i.mask, i.x, i.mean, i.shortcut, i.shortcut_mean),
     ),
     "input-gradient": (module._input_gradient, lambda i: (i.dy, i.x, i.mean, i.scale, i.constant, i.slope)),
     "input-gradients": (
@@ -193,7 +211,7 @@ def magnitudes(operator: Any, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     names = list(operator.plain.__annotations__)
     made = []
     for name, value in zip(names, arguments):
-        if not isinstance(value, Tensor) or not value.is_floating_point() or name == "y":
+        if not isinstance(value, Tensor) or not value.is_floating_point():
             made.append(value)
         elif name.endswith(("mean", "constant", "slope")):
             made.append(-value.abs())
@@ -212,6 +230,9 @@ def test_kernel_matches_float64(call: str, shape: tuple[int, ...], dtype: torch.
     results = module._as_tuple(operator.launch(*arguments(given)))
     truths = module._as_tuple(operator.plain(*arguments(given.wide())))
     for place, (got, truth, scale) in enumerate(zip(results, truths, magnitudes(operator, arguments(given.wide())))):
+        if "mask" in call and place == 1:
+            assert torch.equal(got, packed(results[0]))
+            continue
         if got.dtype == torch.uint8:
             # After rounding another pixel may be the first largest: it must be as large, but for the rounding.
             got, truth, scale = chosen_values(got, arguments(given.wide())), truths[0], results[0].abs()
@@ -227,6 +248,12 @@ def test_kernel_matches_float64(call: str, shape: tuple[int, ...], dtype: torch.
         assert_close(f"{call} {place}", got, truth, scale * CUT_OFF.get(stored, 1), STORED[stored])
     for field in dataclasses.fields(given):
         assert torch.equal(getattr(given, field.name), getattr(before, field.name)), field.name
+
+
+def packed(y: Tensor) -> Tensor:
+    """Where y is not zero, NaN included: channel c in bit c mod 8 of byte c // 8."""
+    bits = np.packbits(~(y <= 0).cpu().numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(bits).to(y.device)
 
 
 def chosen_values(choice: Tensor, arguments: tuple[Any, ...]) -> Tensor:
@@ -285,7 +312,9 @@ def test_parts_are_calls_apart(
             truth, scale = truth[:, 0], scale[:, 0]
         assert_close(f"{call} {place}, reference", reference, truth, scale, 10 * STORED[torch.float64])
         if got.dtype == torch.uint8:
-            if dtype == torch.float32:
+            if "mask" in call:
+                assert torch.equal(got, packed(results[0]))
+            elif dtype == torch.float32:
                 assert torch.equal(got, truth)
             continue
         stored = dtype if got.dim() == 4 or "add-reduce" in call else torch.float32
@@ -333,14 +362,14 @@ def layer(way: Way, form: str, i: Inputs, weight: Tensor, weight2: Tensor) -> di
         dx = way(module._relu_pool_input_gradient)(*upstream, i.x, *vectors, *ends)
         return {"y": y, "dx": dx, "dweight": tilted * rstd, "dbias": total}
     if form == "add":
-        y = way(module._apply)(i.x, *vectors, i.shortcut, None, None, None)
-        g, sums = way(module._add_reduce)(i.dy, i.dy_skip, y, i.x, mean, None, None)
+        y, mask = way(module._apply_mask)(i.x, *vectors, i.shortcut, None, None, None)
+        g, sums = way(module._add_reduce)(i.dy, i.dy_skip, mask, i.x, mean, None, None)
         total, tilted = sums.unbind()
         dx = way(module._input_gradient)(g, i.x, mean, scale, *finish(total, tilted, scale, rstd))
         return {"y": y, "dx": dx, "dweight": tilted * rstd, "dbias": total, "dshortcut": g}
     mean2, scale2, rstd2 = statistics(i.shortcut, weight2)
-    y = way(module._apply)(i.x, *vectors, i.shortcut, mean2, scale2, i.shortcut_bias)
-    g, sums = way(module._add_reduce)(i.dy, i.dy_skip, y, i.x, mean, i.shortcut, mean2)
+    y, mask = way(module._apply_mask)(i.x, *vectors, i.shortcut, mean2, scale2, i.shortcut_bias)
+    g, sums = way(module._add_reduce)(i.dy, i.dy_skip, mask, i.x, mean, i.shortcut, mean2)
     total, tilted, tilted2 = sums.unbind()
     ends, ends2 = finish(total, tilted, scale, rstd), finish(total, tilted2, scale2, rstd2)
     dx, dshortcut = way(module._input_gradients)(g, i.x, mean, scale, *ends, i.shortcut, mean2, scale2, *ends2)
@@ -503,13 +532,16 @@ def test_mask_is_that_of_the_output_to_the_bit(dtype: torch.dtype, scale: float)
     """Also where a positive z is rounded to zero, and where it is not a number."""
     x, mean, ones, bias = small_numbers(dtype)
     x[0, 0, 0, 0], x[1, 3, 2, 2] = torch.nan, torch.inf
-    y = module._apply.launch(x, mean, ones * scale, bias)
+    y, bits = module._apply_mask.launch(x, mean, ones * scale, bias, torch.zeros_like(x))
+    # In the interpreter bfloat16 is cut off, which makes zeros of numbers that round up to the smallest subnormal.
+    rounds = not (INTERPRETED and dtype == torch.bfloat16)
+    if rounds:
+        assert torch.equal(bits, packed(y))
+    assert torch.equal(y.nan_to_num(-1), module._apply.launch(x, mean, ones * scale, bias).nan_to_num(-1))
     # With a gradient of ones that of the bias counts the mask, exactly; with slope and constant zero dx is the mask.
     dy = torch.ones_like(x)
     mask = ~(y <= 0)
     counted = module._relu_reduce.launch(dy, x, mean, ones * scale, bias)[0]
-    # In the interpreter bfloat16 is cut off, which makes zeros of numbers that round up to the smallest subnormal.
-    rounds = not (INTERPRETED and dtype == torch.bfloat16)
     if rounds:
         assert torch.equal(counted, mask.sum((0, 2, 3)).float())
     zeros = torch.zeros_like(bias)
@@ -534,10 +566,13 @@ def test_a_nan_stays_one() -> None:
 @pytest.mark.parametrize("dtype", CASE_DTYPES, ids=dtype_id)
 def test_residual_gradients_are_joined_in_float32_and_rounded_once(dtype: torch.dtype) -> None:
     i = inputs((2, 65, 5, 7), dtype)
-    i.y[0, 3, 2, 2] = torch.nan
-    g, sums = module._add_reduce.launch(i.dy, i.dy_skip, i.y, i.x, i.mean)
+    i.shortcut[0, 3, 2, 2] = torch.nan
+    y, mask = module._apply_mask.launch(i.x, i.mean, i.scale, i.bias, i.shortcut)
+    assert y[0, 3, 2, 2].isnan()
+    assert torch.equal(mask, packed(y))
+    g, sums = module._add_reduce.launch(i.dy, i.dy_skip, mask, i.x, i.mean)
     joined = i.dy.float() + i.dy_skip.float()
-    exact = torch.where(i.y <= 0, 0, joined)
+    exact = torch.where(y <= 0, 0, joined)
     if not (INTERPRETED and dtype == torch.bfloat16):
         assert torch.equal(g, exact.to(dtype))
     # The sums are those of the numbers that were written.
@@ -647,7 +682,9 @@ def first_and_last_tile(launch: Launch) -> Launch:
 
 
 @pytest.mark.parametrize("parts", [1, 2], ids=["one part", "two parts"])
-@pytest.mark.parametrize("call", ["statistics", "apply-two", "relu-reduce", "add-reduce-skip-two", "input-gradients"])
+@pytest.mark.parametrize(
+    "call", ["statistics", "apply-mask-two", "relu-reduce", "add-reduce-skip-two", "input-gradients"]
+)
 def test_offsets_beyond_31_bits(call: str, parts: int) -> None:
     """The last tile of 2^31 and some elements; the interpreter runs that program alone, and touches no other page."""
     channels, rows = 64, 2**25 + 40 * parts
@@ -658,8 +695,9 @@ def test_offsets_beyond_31_bits(call: str, parts: int) -> None:
 
         def far(values: Tensor) -> Tensor:
             """A tensor of ``rows`` rows, zero but for the last ones; (parts, C, rows / parts, 1)."""
-            memory = stack.enter_context(far_apart(rows * channels, torch.float16, KERNEL_DEVICE))
-            tall = memory.view(parts, rows // parts, 1, channels).permute(0, 3, 1, 2)
+            width = values.shape[1]
+            memory = stack.enter_context(far_apart(rows * width, values.dtype, KERNEL_DEVICE))
+            tall = memory.view(parts, rows // parts, 1, width).permute(0, 3, 1, 2)
             tall[-1:, :, -values.shape[2] :] = values
             return tall
 
@@ -674,7 +712,7 @@ def test_offsets_beyond_31_bits(call: str, parts: int) -> None:
         given = operator._whole(given)
         many = dataclasses.replace(near, mean=wide.mean)
         made = tuple(
-            far(torch.zeros_like(near.x)) if t.dim() == 4 else t
+            far(torch.zeros_like(near.mask if t.dtype == torch.uint8 else near.x)) if t.dim() == 4 else t
             for t in operator.allocate(*operator._whole(with_parts(arguments(many), parts)))
         )
         sweep, *_ = operator._plan(*given, *made)
@@ -684,7 +722,10 @@ def test_offsets_beyond_31_bits(call: str, parts: int) -> None:
         ends = Inputs(**{n: t[:, :, -count:] if n in LARGE_NAMES else t for n, t in vars(near).items()})
         truths = module._as_tuple(operator.plain(*arguments(ends.wide())))
         for got, truth in zip(made, truths):
-            if got.dim() == 4:
+            if got.dtype == torch.uint8:
+                assert torch.equal(got[-1:, :, -count:], packed(made[0][-1:, :, -count:]))
+                assert not got[-1:, :, -count - 40 : -count].any()
+            elif got.dim() == 4:
                 assert_close(call, got[-1:, :, -count:], truth, 1 + truth.abs().max(), STORED[torch.float16])
                 assert not got[-1:, :, -count - 40 : -count].any()
         if "programs" in sweep.kernel.arg_names:
@@ -695,7 +736,7 @@ def test_offsets_beyond_31_bits(call: str, parts: int) -> None:
 
 
 POOLED_NAMES = ("pooled", "pooled_skip", "choice")
-LARGE_NAMES = ("x", "dy", "dy_skip", "y", "shortcut")
+LARGE_NAMES = ("x", "dy", "dy_skip", "mask", "shortcut")
 
 
 def check_far_sums(call: str, partial: Tensor, ends: Inputs, zeros: int) -> None:
@@ -721,7 +762,7 @@ def test_pool_offsets_beyond_31_bits(call: str) -> None:
             """``samples`` samples, zero but for the last."""
             count = samples * values.numel()
             memory = stack.enter_context(far_apart(count, values.dtype, KERNEL_DEVICE))
-            many = memory.view(samples, *values.shape[2:], channels).permute(0, 3, 1, 2)
+            many = memory.view(samples, *values.shape[2:], values.shape[1]).permute(0, 3, 1, 2)
             many[-1:] = values
             return many
 
@@ -835,6 +876,7 @@ def test_compiles_to_one_graph(dynamic: bool, device: torch.device) -> None:
 X = torch.zeros(2, 3, 4, 4)
 V = torch.zeros(3)
 H = torch.zeros(2, 3, 2, 2)
+M = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
 
 
 @pytest.mark.parametrize(
@@ -865,10 +907,19 @@ H = torch.zeros(2, 3, 2, 2)
         (lambda k: k.batch_norm_apply(X, V, V, V.to("meta")), "bias: got device meta, expected cpu"),
         (lambda k: k.batch_norm_relu_reduce(X[:, :2], X, V, V, V), r"dy: got shape \(2, 2, 4, 4\)"),
         (lambda k: k.batch_norm_relu_input_gradient(X, X, V, V, V, V, V[:1]), r"slope: got shape \(1,\)"),
-        (lambda k: k.batch_norm_add_reduce(X, X.half(), X, X, V), "dy_skip: got dtype torch.float16"),
-        (lambda k: k.batch_norm_add_reduce(X, None, X[:1], X, V), r"y: got shape \(1, 3, 4, 4\)"),
-        (lambda k: k.batch_norm_add_reduce(X, None, X, X, V, X), "shortcut_mean: got None"),
-        (lambda k: k.batch_norm_add_reduce(X, None, X, X, V, None, V), "shortcut: got None"),
+        (lambda k: k.batch_norm_apply_mask(X, V, V, V, X[:1]), r"shortcut: got shape \(1, 3, 4, 4\)"),
+        (
+            lambda k: k.batch_norm_apply_mask(X, V, V, V, X, V),
+            "shortcut_scale: got None, expected a tensor as shortcut",
+        ),
+        (lambda k: k.batch_norm_add_reduce(X, X.half(), M, X, V), "dy_skip: got dtype torch.float16"),
+        (lambda k: k.batch_norm_add_reduce(X, None, X, X, V), r"mask: got shape .* expected \(N, ceil\(C / 8\), H, W"),
+        (
+            lambda k: k.batch_norm_add_reduce(X, None, M.int(), X, V),
+            "mask: got dtype torch.int32, expected torch.uint8",
+        ),
+        (lambda k: k.batch_norm_add_reduce(X, None, M, X, V, X), "shortcut_mean: got None"),
+        (lambda k: k.batch_norm_add_reduce(X, None, M, X, V, None, V), "shortcut: got None"),
         (lambda k: k.batch_norm_input_gradient(X[:1], X, V, V, V, V), r"g: got shape \(1, 3, 4, 4\)"),
         (lambda k: k.batch_norm_input_gradients(X, X, V, V, V, V, X, V, V, V, V[:1]), "shortcut_slope: got shape"),
         (lambda k: k.batch_norm_relu_pool(X, V, V, V[:1]), r"bias: got shape \(1,\)"),

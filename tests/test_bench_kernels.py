@@ -36,11 +36,12 @@ def test_a_quick_run_leaves_its_records(tmp_path: Path, capsys: pytest.CaptureFi
     sizes = {r["name"]: r["bytes"] for r in records if r["variant"] == "operator" and r["shape"].get("form") != "pool"}
     full = 4 * 2 * 64 * 8 * 8
     assert sizes["batch_norm_apply"] == 3 * full
-    # dy, its skip, y, x and the shortcut; g.
-    assert sizes["batch_norm_add_reduce"] == 6 * full
+    assert sizes["batch_norm_apply_mask"] == 3 * full + full // 32
+    # dy, its skip, x, the shortcut and a bit an element; g.
+    assert sizes["batch_norm_add_reduce"] == 5 * full + full // 32
     # x, and a quarter of it four bytes and one wide.
     assert sizes["batch_norm_relu_pool"] == full + full // 4 + full // 16
-    assert sizes["batch_norm_layers"] == 11 * full
+    assert sizes["batch_norm_layers"] == 10 * full + full // 16
     assert (tmp_path / "kernels.png").stat().st_size > 0
     assert "of floor" in capsys.readouterr().out
 

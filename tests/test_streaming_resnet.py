@@ -341,8 +341,8 @@ def test_one_graph_without_additions_of_gradients() -> None:
     saved = {behind_views(value) for value in outputs if value is not None}
     sizes = [node.meta["val"].shape for node in saved if node.meta["val"].dim() == 4 and len(node.meta["val"]) == 2]
     convolutions = sum("convolution" in str(node.target) for node in forward)
-    # x, an output a convolution, two ReLUs inside each block and its output, the stem's pool and choice.
-    assert len(sizes) == 1 + convolutions + 3 * 8 + 2
+    # x, an output a convolution, two ReLUs inside each block, its output and its mask, the stem's pool and choice.
+    assert len(sizes) == 1 + convolutions + 4 * 8 + 2
 
 
 # In the step

@@ -7,6 +7,7 @@ Each operator is a ``torch.library`` operator with a fake and, on the CPU, the r
 from cast_kernels.batch_norm import (
     batch_norm_add_reduce,
     batch_norm_apply,
+    batch_norm_apply_mask,
     batch_norm_input_gradient,
     batch_norm_input_gradients,
     batch_norm_relu_input_gradient,
@@ -24,6 +25,7 @@ __all__ = [
     "Partials",
     "batch_norm_add_reduce",
     "batch_norm_apply",
+    "batch_norm_apply_mask",
     "batch_norm_input_gradient",
     "batch_norm_input_gradients",
     "batch_norm_relu_input_gradient",

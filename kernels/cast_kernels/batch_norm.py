@@ -21,9 +21,10 @@ operator                          reads (activations)                           
 ================================  ==============================================  ===========================
 batch_norm_statistics             x                                               mean and variance
 batch_norm_apply                  x [, shortcut]                                  y
+batch_norm_apply_mask             x, shortcut                                     y, mask (a sixteenth of y)
 batch_norm_relu_reduce            dy, x                                           two sums
 batch_norm_relu_input_gradient    dy, x                                           dx
-batch_norm_add_reduce             dy [, dy_skip], y, x [, shortcut]               g and two or three sums
+batch_norm_add_reduce             dy [, dy_skip], mask, x [, shortcut]            g and two or three sums
 batch_norm_input_gradient         g, x                                            dx
 batch_norm_input_gradients        g, x, shortcut                                  dx, dshortcut
 batch_norm_relu_pool              x                                               y, choice (a quarter of x)
@@ -36,11 +37,12 @@ normalised value before it adds the shortcut, and the sum of two gradients befor
 ``batch_norm_add_reduce`` is rounded where it is written, and the sums are those of the rounded g, so that they belong
 to what every later reader sees.
 
-Masks. Where y is kept anyway (a block's output is the next convolution's input) the mask is read from y; elsewhere it
-is computed again from x, by the same operations in the same order and rounded as y was: an element passes exactly if
-it is not zero in y, so a z that is positive but rounds to zero does not (in float16 below 3e-8). A NaN in y is not zero
-and lets the gradient pass, as in torch. In the pool the values are rounded before they are compared, so that ties are
-those of the rounded activations: values and choices are torch's to the bit.
+Masks. Inside a block the mask is computed again from x, by the same operations in the same order and rounded as y was.
+At its end that would take the shortcut too, so there the forward sweep writes a bit an element: (N, ceil(C / 8), H, W)
+bytes, channel c being bit c mod 8. Either way an element passes exactly if it is not zero in y, so a z that is positive
+but rounds to zero does not (in float16 below 3e-8). A NaN in y is not zero and lets the gradient pass, as in torch. In
+the pool the values are rounded before they are compared, so that ties are those of the rounded activations: values and
+choices are torch's to the bit.
 
 Parts. The samples may be P equal runs with statistics of their own, as if each were a batch. Everything that is said
 here to be (C,) is then (P, C), R is the number of rows of a part, and the launches are as many as for one part.
@@ -90,6 +92,17 @@ def _activations(like: Tensor, height: int | None = None, width: int | None = No
     return torch.empty(shape, dtype=dtype, device=like.device, memory_format=torch.channels_last)
 
 
+def _mask(like: Tensor) -> Tensor:
+    """Empty (N, ceil(C / 8), H, W) bytes in channels-last memory."""
+    samples, channels, height, width = like.shape
+    shape = (samples, _octets(channels), height, width)
+    return torch.empty(shape, dtype=torch.uint8, device=like.device, memory_format=torch.channels_last)
+
+
+def _octets(channels: int) -> int:
+    return (channels + 7) // 8
+
+
 def _moments(x: Tensor, parts: int) -> Tensor:
     """Empty (2, C), or (2, parts, C)."""
     shape = (2, x.shape[1]) if parts == 1 else (2, parts, x.shape[1])
@@ -117,7 +130,7 @@ def _sweep(
     kernel: Any,
     x: Tensor,
     parts: int,
-    arguments: tuple[Tensor, ...],
+    arguments: tuple[Tensor | int, ...],
     elements: int,
     pooled: bool = False,
     registers: int | None = None,
@@ -132,7 +145,7 @@ def _reduction(
     kernel: Any,
     x: Tensor,
     parts: int,
-    arguments: tuple[Tensor, ...],
+    arguments: tuple[Tensor | int, ...],
     sums: Tensor,
     elements: int,
     pooled: bool = False,
@@ -171,7 +184,8 @@ def _sizes(
         sizes = (*x.shape[2:], height, width)
         constants = {**constants, "LONG": x.numel() >= 2**31}
         rows = x.shape[0] // parts * height * width
-    block_c = min(triton.next_power_of_2(channels), WIDEST)
+    # At least a byte of a mask.
+    block_c = min(max(triton.next_power_of_2(channels), 8), WIDEST)
     block_r = elements // block_c
     tiles, blocks = triton.cdiv(rows, block_r), triton.cdiv(channels, block_c)
     constants = {**constants, "MANY": parts > 1, "BLOCK_R": block_r, "BLOCK_C": block_c}
@@ -185,11 +199,13 @@ def _plan_statistics(x: Tensor, parts: int, moments: Tensor) -> list[Launch]:
 def _plan_apply(
     x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor | None, *rest: Tensor | None
 ) -> list[Launch]:
-    *others, y = rest
+    *others, y, mask = rest
     kind = 0 if shortcut is None else 1 if others[0] is None else 2
-    # What a kernel does not read is any pointer.
-    given = [x if tensor is None else tensor for tensor in (shortcut, *others, y)]
-    return [_sweep(kernels._apply_kernel, x, _parts(mean), (x, mean, scale, bias, *given), STREAMED, SHORTCUT=kind)]
+    # What a kernel does not use is any pointer.
+    given = (x if tensor is None else tensor for tensor in (shortcut, *others, y, mask))
+    arguments = (x, mean, scale, bias, *given, _octets(x.shape[1]))
+    constants = {"SHORTCUT": kind, "KEEPS": mask is not None}
+    return [_sweep(kernels._apply_kernel, x, _parts(mean), arguments, STREAMED, **constants)]
 
 
 def _plan_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> list[Launch]:
@@ -206,7 +222,7 @@ def _plan_relu_input_gradient(dy: Tensor, x: Tensor, mean: Tensor, *rest: Tensor
 def _plan_add_reduce(
     dy: Tensor,
     dy_skip: Tensor | None,
-    y: Tensor,
+    mask: Tensor,
     x: Tensor,
     mean: Tensor,
     shortcut: Tensor | None,
@@ -214,7 +230,7 @@ def _plan_add_reduce(
     g: Tensor,
     sums: Tensor,
 ) -> list[Launch]:
-    given = (dy, dy if dy_skip is None else dy_skip, y, x, mean)
+    given = (dy, dy if dy_skip is None else dy_skip, mask, _octets(x.shape[1]), x, mean)
     given += (x, mean) if shortcut is None or shortcut_mean is None else (shortcut, shortcut_mean)
     constants = {"SKIP": dy_skip is not None, "SHORTCUT": shortcut is not None, "STAGES": 3}
     return _reduction(kernels._add_reduce_kernel, x, _parts(mean), (*given, g), sums, REDUCED, **constants)
@@ -315,14 +331,17 @@ class _Operator:
 
 
 _statistics = _Operator(reference.batch_norm_statistics, lambda x, parts: (_moments(x, parts),), _plan_statistics)
-_apply = _Operator(reference.batch_norm_apply, lambda x, *_: (_activations(x),), _plan_apply)
+_apply = _Operator(
+    reference.batch_norm_apply, lambda x, *_: (_activations(x),), lambda *arguments: _plan_apply(*arguments, None)
+)
+_apply_mask = _Operator(reference.batch_norm_apply_mask, lambda x, *_: (_activations(x), _mask(x)), _plan_apply)
 _relu_reduce = _Operator(reference.batch_norm_relu_reduce, lambda dy, x, mean, *_: (_sums(mean, 2),), _plan_relu_reduce)
 _relu_input_gradient = _Operator(
     reference.batch_norm_relu_input_gradient, lambda dy, x, *_: (_activations(x),), _plan_relu_input_gradient
 )
 _add_reduce = _Operator(
     reference.batch_norm_add_reduce,
-    lambda dy, dy_skip, y, x, mean, shortcut, _: (_activations(x), _sums(mean, 2 if shortcut is None else 3)),
+    lambda dy, dy_skip, mask, x, mean, shortcut, _: (_activations(x), _sums(mean, 2 if shortcut is None else 3)),
     _plan_add_reduce,
 )
 _input_gradient = _Operator(
@@ -409,7 +428,8 @@ def _together(first: tuple[str, Tensor | None], **others: Tensor | None) -> None
 def _dense(*tensors: Tensor | None) -> list[Any]:
     """Activations in channels-last memory and vectors without gaps; what is so already, as it is."""
     formats = (torch.contiguous_format, torch.channels_last)
-    return [None if t is None else t.contiguous(memory_format=formats[t.dim() == 4]) for t in tensors]
+    # An int: torch 2.11 traces no truth value as an index.
+    return [None if t is None else t.contiguous(memory_format=formats[int(t.dim() == 4)]) for t in tensors]
 
 
 def batch_norm_statistics(x: Tensor, parts: int = 1) -> Tensor:
@@ -465,6 +485,31 @@ def batch_norm_apply(
     return _apply(*_dense(x, mean, scale, bias, shortcut, shortcut_mean, shortcut_scale, shortcut_bias))
 
 
+def batch_norm_apply_mask(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    shortcut: Tensor,
+    shortcut_mean: Tensor | None = None,
+    shortcut_scale: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``batch_norm_apply`` with a shortcut, and where its result is not zero, for ``batch_norm_add_reduce``.
+
+    Returns:
+        y, and mask (N, ceil(C / 8), H, W) uint8, channels-last: bit c mod 8 of byte c // 8 says whether channel c of y
+        is not zero (NaN is not); bits without a channel are 0.
+
+    Raises:
+        ValueError: for shapes, types or devices that do not fit.
+    """
+    vectors = {"shortcut_mean": shortcut_mean, "shortcut_scale": shortcut_scale, "shortcut_bias": shortcut_bias}
+    _check(x, {"shortcut": shortcut}, {"mean": mean, "scale": scale, "bias": bias, **vectors})
+    _together(("shortcut_mean", shortcut_mean), shortcut_scale=shortcut_scale, shortcut_bias=shortcut_bias)
+    return _apply_mask(*_dense(x, mean, scale, bias, shortcut, shortcut_mean, shortcut_scale, shortcut_bias))
+
+
 def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """What the gradient of BatchNorm + ReLU needs from all rows: dbias, and dweight but for a factor.
 
@@ -506,7 +551,7 @@ def batch_norm_relu_input_gradient(
 def batch_norm_add_reduce(
     dy: Tensor,
     dy_skip: Tensor | None,
-    y: Tensor,
+    mask: Tensor,
     x: Tensor,
     mean: Tensor,
     shortcut: Tensor | None = None,
@@ -515,9 +560,9 @@ def batch_norm_add_reduce(
     """The gradient behind the last ReLU of a residual block, written once, and what BatchNorm needs from all rows.
 
     Args:
-        dy, dy_skip: like x, the gradients of y from its readers (the next block's convolution and its shortcut); they
-            are added in float32.
-        y: like x, the block's output.
+        dy, dy_skip: like x, the gradients of the block's output y from its readers (the next block's convolution and
+            its shortcut); they are added in float32.
+        mask: uint8 (N, ceil(C / 8), H, W), from ``batch_norm_apply_mask``.
         x, mean: input and mean of the block's last BatchNorm.
         shortcut, shortcut_mean: those of the BatchNorm in the shortcut, where there is one.
 
@@ -529,10 +574,14 @@ def batch_norm_add_reduce(
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
-    maps = {"dy": dy, "dy_skip": dy_skip, "y": y, "shortcut": shortcut}
+    maps = {"dy": dy, "dy_skip": dy_skip, "shortcut": shortcut}
     _check(x, maps, {"mean": mean, "shortcut_mean": shortcut_mean})
     _together(("shortcut", shortcut), shortcut_mean=shortcut_mean)
-    return _add_reduce(*_dense(dy, dy_skip, y, x, mean, shortcut, shortcut_mean))
+    samples, channels, height, width = x.shape
+    check_shape("mask", mask, (samples, _octets(channels), height, width), "(N, ceil(C / 8), H, W)")
+    _check_dtype("mask", mask, torch.uint8)
+    check_same_device("x", x, mask=mask)
+    return _add_reduce(*_dense(dy, dy_skip, mask, x, mean, shortcut, shortcut_mean))
 
 
 def batch_norm_input_gradient(

@@ -76,6 +76,20 @@ def _relu(z):
 
 
 @triton.jit
+def _packed(passes, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(BLOCK_R, BLOCK_C) truth values → (BLOCK_R, BLOCK_C / 8) bytes. A thread has the eight of a byte, or half."""
+    eight = tl.reshape(passes.to(tl.int32), (BLOCK_R, BLOCK_C // 8, 8))
+    return tl.sum(eight << tl.arange(0, 8)[None, None, :], 2).to(tl.uint8)
+
+
+@triton.jit
+def _unpacked(bytes, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The inverse of ``_packed``."""
+    eight = (bytes.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(eight, (BLOCK_R, BLOCK_C)) != 0
+
+
+@triton.jit
 def _statistics_kernel(
     x,
     partial,  # out (programs, 2, parts, C): mean, and sum of squares of the deviations from it
@@ -184,11 +198,14 @@ def _apply_kernel(
     shortcut_scale,
     shortcut_bias,
     y,  # out
+    mask,  # out (N, H, W, octets) bytes with KEEPS
+    octets,
     rows,
     channels,
     tiles,
     blocks,
     SHORTCUT: tl.constexpr,
+    KEEPS: tl.constexpr,
     MANY: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -212,7 +229,12 @@ def _apply_kernel(
             _vector(shortcut_scale, first_channel, channels, MANY, BLOCK_C),
             _vector(shortcut_bias, first_channel, channels, MANY, BLOCK_C),
         )
-    tl.store(y + base + offset, _relu(z).to(y.dtype.element_ty), mask=there)
+    rounded = _relu(z).to(y.dtype.element_ty)
+    tl.store(y + base + offset, rounded, mask=there)
+    if KEEPS:
+        passes = there & ~(rounded.to(tl.float32) <= 0.0)
+        base, offset, there = _tile(start, rows, octets, first_channel // 8, MANY, BLOCK_R, BLOCK_C // 8)
+        tl.store(mask + base + offset, _packed(passes, BLOCK_R, BLOCK_C), mask=there)
 
 
 @triton.jit
@@ -256,7 +278,8 @@ def _relu_reduce_kernel(
 def _add_reduce_kernel(
     dy,
     dy_skip,
-    y,
+    mask,
+    octets,
     x,
     mean,
     shortcut,
@@ -284,11 +307,13 @@ def _add_reduce_kernel(
     third = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for tile in tl.range(program, tiles, programs, num_stages=STAGES):
         start = tl.cast(tile, tl.int64) * BLOCK_R
+        base, offset, there = _tile(start, rows, octets, first_channel // 8, MANY, BLOCK_R, BLOCK_C // 8)
+        passes = _unpacked(tl.load(mask + base + offset, mask=there, other=0), BLOCK_R, BLOCK_C)
         base, offset, there = _tile(start, rows, channels, first_channel, MANY, BLOCK_R, BLOCK_C)
         upstream = _wide(dy + base, offset, there)
         if SKIP:
             upstream += _wide(dy_skip + base, offset, there)
-        masked = tl.where(_wide(y + base, offset, there) <= 0.0, 0.0, upstream).to(g.dtype.element_ty)
+        masked = tl.where(passes, upstream, 0.0).to(g.dtype.element_ty)
         tl.store(g + base + offset, masked, mask=there)
         rounded = masked.to(tl.float32)
         first += rounded

@@ -313,6 +313,31 @@ def batch_norm_apply(
     return torch.where(z <= 0, 0, z).to(x.dtype)
 
 
+def batch_norm_apply_mask(
+    x: Tensor,
+    mean: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    shortcut: Tensor,
+    shortcut_mean: Tensor | None = None,
+    shortcut_scale: Tensor | None = None,
+    shortcut_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``batch_norm_apply``, and where y is not zero (NaN is not) in bits.
+
+    Returns:
+        y, and (N, ceil(C / 8), H, W) uint8: channel c is bit c mod 8 of byte c // 8, bits without a channel are 0.
+    """
+    y = batch_norm_apply(x, mean, scale, bias, shortcut, shortcut_mean, shortcut_scale, shortcut_bias)
+    passes = F.pad((~(y <= 0)).int(), (0, 0, 0, 0, 0, -y.shape[1] % 8)).unflatten(1, (-1, 8))
+    return y, (passes << _bits(y)).sum(2).to(torch.uint8)
+
+
+def _bits(like: Tensor) -> Tensor:
+    """0 to 7, (8, 1, 1)."""
+    return torch.arange(8, device=like.device, dtype=torch.int32)[:, None, None]
+
+
 def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     """Sums over N, H, W of g and of g (x - mean), (2, C), where g is dy wherever ``batch_norm_apply`` is not zero."""
     return _sums(mean, _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias)), _centred(x, mean))
@@ -333,7 +358,7 @@ def batch_norm_relu_input_gradient(
 def batch_norm_add_reduce(
     dy: Tensor,
     dy_skip: Tensor | None,
-    y: Tensor,
+    mask: Tensor,
     x: Tensor,
     mean: Tensor,
     shortcut: Tensor | None = None,
@@ -342,16 +367,17 @@ def batch_norm_add_reduce(
     """The gradient behind the last ReLU of a residual block, and its sums.
 
     Args:
-        dy, dy_skip: (N, C, H, W), the gradients of y from its one or two readers.
-        y: (N, C, H, W), the output of the block.
+        dy, dy_skip: (N, C, H, W), the gradients of the block's output y from its one or two readers.
+        mask: where y is not zero, from ``batch_norm_apply_mask``.
         x, mean: input and mean of the last BatchNorm.
         shortcut, shortcut_mean: of the BatchNorm in the shortcut, where there is one.
 
     Returns:
-        g (N, C, H, W), ``dy + dy_skip`` where y is not zero, rounded once to the dtype of y, and the sums of what was
+        g (N, C, H, W), ``dy + dy_skip`` where y is not zero, rounded once to the dtype of x, and the sums of what was
         rounded: of g, of g (x - mean) and, with a shortcut, of g (shortcut - shortcut_mean); (2, C) or (3, C).
     """
-    g = _masked(_joined(dy, dy_skip, mean.dtype), y).to(y.dtype)
+    passes = ((mask[:, :, None] >> _bits(x)) & 1).flatten(1, 2)[:, : x.shape[1]]
+    g = torch.where(passes == 0, 0, _joined(dy, dy_skip, mean.dtype)).to(x.dtype)
     factors = [_centred(x, mean)]
     if shortcut is not None and shortcut_mean is not None:
         factors.append(_centred(shortcut, shortcut_mean))
