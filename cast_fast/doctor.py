@@ -274,6 +274,8 @@ def _choices(where: Any) -> Iterator[Finding]:
 
 def _batch_norm(where: Any) -> Finding:
     """Which BatchNorm a run takes unless told otherwise, and why not the other one."""
+    from cast_fast.run_folder import GROUP_SIZE
+
     default = PretrainConfig.batch_norm
     if where.type != "cuda":
         other = "streaming computes the same here, without gain: its kernels are for GPUs"
@@ -282,7 +284,8 @@ def _batch_norm(where: Any) -> Finding:
             "streaming (fused Triton sweeps, the same within rounding) moves an eighth less memory in the trunk by "
             "count, and is not the default because no GPU has timed it: benchmarks/gpu_check.sh does"
         )
-    return Finding("BatchNorm", OK, f"--batch-norm {default}, the default; {other}")
+    groups = f"one process takes statistics of {GROUP_SIZE} samples at a time, as many ranks would"
+    return Finding("BatchNorm", OK, f"--batch-norm {default}, the default; {other}. {groups} (--batch-norm-groups)")
 
 
 def _exchange() -> Finding:

@@ -28,6 +28,7 @@ def test_the_choice_of_batch_norm_is_told_with_its_reason() -> None:
     here = by_name(device="cpu")["BatchNorm"]
     assert here.state == doctor.OK
     assert "--batch-norm torch, the default" in here.text and "without gain" in here.text
+    assert "--batch-norm-groups" in here.text
     there = doctor._batch_norm(torch.device("cuda"))
     assert "--batch-norm torch, the default" in there.text and "no GPU has timed it" in there.text
 
