@@ -6,7 +6,7 @@ For the losses a line computes the loss and its gradient with respect to the sma
 what a training step needs from it; ∂A is left to the compiler in all of them (it fuses with what reads it). ``launch``
 is the bare kernel without autograd. The BatchNorm operators are timed one by one against their references;
 ``batch_norm_layers`` sets a row of them against torch: BatchNorm with its surroundings, forward and backward, eager
-(torch's own BatchNorm kernels) and compiled.
+(torch's own BatchNorm kernels) and compiled; where apex's groupbn imports, in float16 against that as well.
 
 Inputs rotate through more memory than the last-level cache holds, so every call reads from device memory. The floor is
 the larger of bytes over the copy rate and operations over the matrix rate, both measured in the same run; ``of floor``
@@ -22,9 +22,10 @@ import importlib
 import itertools
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ceilings
 import harness
@@ -286,6 +287,46 @@ def streamed_layer(form: str, x: Tensor, shortcut: Tensor, dy: Tensor, weight: T
     return [y, dx, tilted * rstd, total]
 
 
+def groupbn() -> Any:
+    """apex's ``BatchNorm2d_NHWC``, the peer of the streamed layers, or None where it does not import.
+
+    It knows float16 alone, and is built only where apex is told to.
+    """
+    try:
+        return importlib.import_module("apex.contrib.groupbn").BatchNorm2d_NHWC
+    except Exception:  # whatever an optional package raises is an answer
+        return None
+
+
+def groupbn_layer(module: Any, form: str) -> Callable[..., list[Tensor]]:
+    """``torch_layer`` by apex's module; its tensors are (N, H, W, C)."""
+    built: dict[int, Any] = {}
+
+    def run(x: Tensor, shortcut: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        channels = x.shape[1]
+        if channels not in built:
+            built[channels] = module(channels, fuse_relu=True).to(x.device)
+        norm = built[channels]
+        norm.weight, norm.bias = torch.nn.Parameter(weight), torch.nn.Parameter(bias)
+        maps = [tensor.detach().permute(0, 2, 3, 1).requires_grad_() for tensor in (x, shortcut)]
+        maps = maps if form == "add" else maps[:1]
+        y = norm(*maps)
+        gradients = torch.autograd.grad(y, [*maps, norm.weight, norm.bias], dy.permute(0, 2, 3, 1))
+        return [t.permute(0, 3, 1, 2) if t.dim() == 4 else t for t in (y.detach(), *gradients)]
+
+    return run
+
+
+def groupbn_works(module: Any, samples: int, stages: Iterable[tuple[int, int]], device: torch.device) -> list[Work]:
+    """Layers in float16, with apex's beside the others."""
+    found = []
+    for (channels, side), form in itertools.product(stages, ("relu", "add")):
+        work = layer_work(form, samples, channels, side, torch.float16, device)
+        work.lines["groupbn"] = groupbn_layer(module, form)
+        found.append(work)
+    return found
+
+
 def layer_work(form: str, samples: int, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> Work:
     """A whole layer; ``form`` is relu, add (with an identity shortcut) or pool."""
     small = (side + 1) // 2 if form == "pool" else side
@@ -353,6 +394,8 @@ def works(device: torch.device, quick: bool) -> list[Work]:
     stages = ((256, 56),) if quick else ((256, 56), (512, 28), (1024, 14), (2048, 7))
     found += [layer_work(form, 256, c, side, bf16, device) for c, side in stages for form in ("relu", "add")]
     found.append(layer_work("pool", 256, 64, 112, bf16, device))
+    if (module := groupbn()) is not None:
+        found += groupbn_works(module, 256, stages, device)
     found += [gradcam_work(n, 2048, 7, bf16, device, from_gradient=True) for n in batches]
     if quick:
         return found
@@ -530,6 +573,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"kernels.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    if groupbn() is None:
+        print("groupbn: no line of apex.contrib.groupbn, which does not import here", file=sys.stderr)
     for work in works(device, args.quick):
         if args.only and work.name not in args.only:
             continue

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from pathlib import Path
 
 import harness
@@ -78,6 +80,35 @@ def test_a_gpu_measures_what_a_step_runs_first() -> None:
     first = [name for name, shape, _ in works if shape["N"] == 256][: 2 + len(kernels.BATCH_NORM)]
     assert first == ["gradcam_cosine", "info_nce", *kernels.BATCH_NORM]
     assert [shape["N"] for _, shape, _ in works[: len(first)]] == [256] * len(first)
+
+
+class ChannelsInnermost(torch.nn.BatchNorm2d):
+    """What apex's module computes, by torch."""
+
+    def __init__(self, channels: int, fuse_relu: bool) -> None:
+        super().__init__(channels)
+        assert fuse_relu
+
+    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        y = super().forward(x.permute(0, 3, 1, 2).float())
+        y = y if z is None else y + z.permute(0, 3, 1, 2)
+        return y.relu().permute(0, 2, 3, 1).to(x.dtype)
+
+
+def test_apex_is_a_line_where_it_imports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "apex.contrib.groupbn", None)
+    assert kernels.groupbn() is None
+    fake = types.SimpleNamespace(BatchNorm2d_NHWC=ChannelsInnermost)
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.contrib", types.ModuleType("apex.contrib"))
+    monkeypatch.setitem(sys.modules, "apex.contrib.groupbn", fake)
+    results = harness.Results(tmp_path, harness.environment(CPU))
+    for work in kernels.groupbn_works(kernels.groupbn(), 2, [(16, 6)], CPU):
+        records = kernels.measure(work, CPU, {"copy": 1e9, "matmul": 1e9}, 1, True, results)
+        by_line = {record.variant: record for record in records}
+        assert by_line["groupbn"].value is not None and by_line["groupbn"].dtype == "float16"
+    names = [(work.name, work.dtype) for work in kernels.works(torch.device("cuda"), True)]
+    assert ("batch_norm_layers", torch.float16) in names
 
 
 def test_inputs_rotate_through_more_than_the_cache() -> None:
