@@ -47,7 +47,7 @@ PHASES=(
   "kernels|150|300|each kernel against eager, torch.compile and its byte floor"
   "profile|60|150|torch.profiler: where the time of a step goes"
   "profile-streaming|60|150|the same with streaming BatchNorm"
-  "memcheck|100|240|compute-sanitizer memcheck on the kernels"
+  "memcheck|100|300|compute-sanitizer memcheck on the kernels"
   "end-to-end|90|300|DALI loader feeding the step at batch 256"
   "ladder-64|120|300|throughput ladder at batch 64"
   "memory|60|200|the largest batch that fits"

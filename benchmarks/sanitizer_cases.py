@@ -72,7 +72,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         shape = f"N{n}-D{d}-K{k}-T{temperature}-{str(dtype).removeprefix('torch.')}"
         yield f"info_nce {shape}", _compare("info_nce", (query, key), (queue, temperature))
 
-    for shape, dtype in itertools.product(NORMS, DTYPES):
+    # Each case is compiled, which takes most of the time; float16 is loaded and stored as bfloat16 is.
+    for shape, dtype in itertools.product(NORMS, DTYPES[:2]):
         pooled = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
 
         def argument(kind: str, shape=shape, pooled=pooled, dtype=dtype) -> Tensor | None:
