@@ -172,6 +172,19 @@ def test_pytest_is_interrupted_in_time_to_report(bench: Bench) -> None:
     assert outer[1:4] == ["--signal=TERM", "--kill-after=10", "300"]
 
 
+@pytest.mark.parametrize("failing", ["", "build", "pytest"])
+def test_tests_that_need_dali_run_whether_or_not_the_operator_is_built(bench: Bench, failing: str) -> None:
+    bench.lacks()
+    bench.rule(failing or "nothing", "exit 1")
+    bench.call("--only", "native")
+    build, tests = bench.calls
+    assert "build --cuda on" in build
+    files = {Path(word) for word in tests.split() if word.startswith("tests/")}
+    assert {Path("tests/test_dali_loader.py"), Path("tests/test_dali_plugin.py")} < files
+    assert all((SCRIPT.parent.parent / path).is_file() for path in files)
+    assert bench.status("native") == ("failed: exit code 1" if failing else "ok")
+
+
 def test_the_loaders_pictures_are_not_packed(bench: Bench) -> None:
     bench.lacks()
     bench.rule("loader.py", 'mkdir -p "$out/scenes-4-0" && touch "$out/scenes-4-0/0.jpg" "$out/loader.png"')
