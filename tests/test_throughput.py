@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -354,6 +355,13 @@ def test_ladder_on_cuda(tmp_path: Path, cuda: torch.device) -> None:
 )
 def test_kernels_are_sorted_by_kind(name: str, kind: str) -> None:
     assert profile_step.kind_of(name) == kind
+
+
+def test_every_kernel_of_ours_has_its_kind() -> None:
+    folder = Path(cast_kernels.__file__).parent
+    names = re.findall(r"^def (_\w+_kernel)\(", "".join(path.read_text() for path in folder.glob("*.py")), re.MULTILINE)
+    assert len(names) > 10
+    assert {profile_step.kind_of(name) for name in names} == {"loss", "BatchNorm"}
 
 
 def test_idle_time_is_what_no_kernel_covers() -> None:
