@@ -34,11 +34,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cast_fast import forward
+from cast_fast.batch_counters import BatchCounters
 from cast_fast.encoder import Encoder, EncoderOutput
 from cast_fast.errors import UserError
 from cast_fast.objective import contrastive_attention_loss
 from cast_fast.optim import build_optimizer
-from cast_fast.split_batch_norm import split_batch_norm
 from cast_fast.step import COMPILE_MODES, TrainStep
 
 RESULTS = Path(__file__).resolve().parent / "results" / "static"
@@ -212,11 +212,19 @@ def own_code(function: Any, name: str) -> Any:
 
 @contextlib.contextmanager
 def patched(choice: Choice) -> Iterator[None]:
-    """The settings of a choice, in force while it is compiled."""
+    """The settings of a choice, in force while it is compiled. What this torch does not know is left out, and said."""
     import torch._functorch.config
     import torch._inductor.config
 
-    with torch._inductor.config.patch(choice.inductor), torch._functorch.config.patch(choice.functorch):
+    with contextlib.ExitStack() as stack:
+        for config, settings in (
+            (torch._inductor.config, choice.inductor),
+            (torch._functorch.config, choice.functorch),
+        ):
+            known = {name: value for name, value in settings.items() if hasattr(config, name)}
+            for name in settings.keys() - known.keys():
+                print(f"{choice.name}: torch {torch.__version__} has no {name}, left out", file=sys.stderr)
+            stack.enter_context(config.patch(known))
         yield
 
 
@@ -228,9 +236,8 @@ def count(choice: Choice, arch: str) -> dict[str, Any]:
     from torch._dynamo.utils import counters
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.scheduler import ForeachKernelSchedulerNode
-    from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    case = step_bytes.Case(arch)
+    case = step_bytes.Case(arch, joined=choice.join_keys)
     found: list[Any] = []
     graphs = 0
 
@@ -260,11 +267,9 @@ def count(choice: Choice, arch: str) -> dict[str, Any]:
         patched(choice),
         mock.patch.object(ForeachKernelSchedulerNode, "get_read_write_buffers_sizes", bytes_apart),
         step_bytes._case(case) as (function, arguments, model),
+        BatchCounters(model.query).apart(),
+        BatchCounters(model.key).apart(),
     ):
-        if choice.join_keys:
-            with unset_fake_temporarily():  # modules of its own are made, whose first values it throws away
-                split_batch_norm(model.key, passes=2)
-            arguments = [*arguments, True]
         if choice.stem > 3:
             for encoder in (model.query, model.key):
                 pad_stem(encoder, choice.stem)

@@ -103,6 +103,8 @@ CASES = [
     Case("resnet50", method="trunk", gathered=False),
     Case("resnet50", batch_norm="streaming"),
     Case("resnet50", method="trunk", batch_norm="streaming"),
+    Case("resnet50", groups=8),
+    Case("resnet50", batch_norm="streaming", groups=8),
     Case("resnet18", method="trunk"),
     Case("resnet18", method="trunk", batch_norm="streaming"),
 ]
