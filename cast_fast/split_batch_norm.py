@@ -50,9 +50,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             raise ValueError(f"input: got {count} value a channel in each of {self.parts} parts, expected more")
         moments = batch_statistics(input, self.parts)
         if self.running_mean is not None:
-            for mean, variance in moments.unflatten(1, (self.passes, -1)).mean(2).unbind(1):
+            of_passes = (moment.unflatten(0, (self.passes, -1)).mean(1) for moment in moments)
+            for mean, variance in zip(*of_passes):
                 update_running_statistics(self, mean, variance, count)
-        return normalise(self, input, moments)
+        return normalise(self, input, *moments)
 
 
 def split_batch_norm(module: nn.Module, groups: int = 1, passes: int = 1) -> None:

@@ -27,15 +27,15 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training or distributed.world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        moments = join_statistics(batch_statistics(input, 1)[:, 0])
+        mean, variance = join_statistics(torch.cat(batch_statistics(input, 1))).unbind()
         if self.running_mean is not None:
             count = input.numel() // input.shape[1] * distributed.world_size()
-            update_running_statistics(self, moments[0], moments[1], count)
-        return normalise(self, input, moments[:, None], across_ranks=True)
+            update_running_statistics(self, mean, variance, count)
+        return normalise(self, input, mean[None], variance[None], across_ranks=True)
 
 
-def batch_statistics(input: Tensor, parts: int) -> Tensor:
-    """Mean and biased variance (2, parts, C), float32 or wider, of equal runs of samples; not differentiable.
+def batch_statistics(input: Tensor, parts: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance, (parts, C) each, float32 or wider, of equal runs of samples; not differentiable.
 
     Args:
         input: (parts · n, C, H, W).
@@ -44,7 +44,7 @@ def batch_statistics(input: Tensor, parts: int) -> Tensor:
     with torch.no_grad():
         values = input.to(torch.promote_types(input.dtype, torch.float32)).unflatten(0, (parts, -1))
         variance, mean = torch.var_mean(values, dim=(1, 3, 4), correction=0)
-        return torch.stack([mean, variance])
+        return mean, variance
 
 
 def join_statistics(moments: Tensor) -> Tensor:
@@ -57,21 +57,23 @@ def join_statistics(moments: Tensor) -> Tensor:
     return torch.stack([mean, variances.mean(0) + (means - mean).square().mean(0)])
 
 
-def normalise(norm: nn.BatchNorm2d, input: Tensor, moments: Tensor, *, across_ranks: bool = False) -> Tensor:
+def normalise(
+    norm: nn.BatchNorm2d, input: Tensor, mean: Tensor, variance: Tensor, *, across_ranks: bool = False
+) -> Tensor:
     """Equal runs of samples by the statistics of each, then by the weight and bias of ``norm`` where it has them.
 
     Args:
         norm: weight, bias and eps.
         input: (P · n, C, H, W).
-        moments: (2, P, C), from ``batch_statistics`` of this very ``input``: the gradient is theirs too.
+        mean, variance: (P, C), from ``batch_statistics`` of this very ``input``: the gradient is theirs too.
         across_ranks: they are those of all ranks.
 
     Returns:
         (P · n, C, H, W) in the dtype of ``input``.
     """
-    parts = input.unflatten(0, (moments.shape[1], -1))
+    parts = input.unflatten(0, (len(mean), -1))
     with torch.autocast(input.device.type, enabled=False):
-        result: Any = _Normalise.apply(parts, moments, norm.weight, norm.bias, norm.eps, across_ranks)
+        result: Any = _Normalise.apply(parts, mean, variance, norm.weight, norm.bias, norm.eps, across_ranks)
     # Out here, because the ReLU that follows may write in place, which no view from inside of a function allows.
     return result.flatten(0, 1)
 
@@ -81,9 +83,16 @@ class _Normalise(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, across_ranks: bool
+        ctx: Any,
+        x: Tensor,
+        mean: Tensor,
+        variance: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        across_ranks: bool,
     ) -> Tensor:
-        mean, inverse = moments[0], torch.rsqrt(moments[1] + eps)
+        inverse = torch.rsqrt(variance + eps)
         ctx.save_for_backward(x, mean, inverse, weight)
         ctx.across_ranks = across_ranks
         scale = inverse if weight is None else inverse * weight
@@ -105,7 +114,7 @@ class _Normalise(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         slope = inverse.square() * product / count
         dx = (gradient - _spread(total / count) - centred * _spread(slope)) * _spread(scale)
-        return dx.to(x.dtype), None, dweight, dbias, None, None
+        return dx.to(x.dtype), None, None, dweight, dbias, None, None
 
 
 def _spread(statistics: Tensor) -> Tensor:
