@@ -773,7 +773,14 @@ import resource, sys
 from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import test_dali_loader as t
-dataset = t._write(Path(sys.argv[1]), t.SHAPES)
+folder = Path(sys.argv[1])
+if SHARDS:
+    from cast_fast.data import prepare, shards, synthetic
+    synthetic.write_dataset(folder, 8, 0, size=(160, 120), workers=1)
+    prepare.prepare(folder / "images", folder / "saliency", folder / "shards", rule=prepare.PackRule(), workers=1)
+    dataset = shards.scan_shards(folder / "shards")
+else:
+    dataset = t._write(folder, t.SHAPES)
 loader = t._loader(dataset, batch=8, size=96, augmentation=t.Augmentation(blur_p=0.5), native=NATIVE)
 peaks = []
 for epochs in (10, 50):
@@ -784,16 +791,18 @@ print("growth", peaks[1] - peaks[0])
 """
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["dali", "native"])
+@pytest.fixture(scope="module", params=[(False, False), (True, False), (True, True)], ids=["dali", "native", "shards"])
 def process(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> subprocess.CompletedProcess[str]:
     """A Python of its own that loads 60 epochs and ends with the loader open."""
-    if request.param and (reason := dali_plugin.unavailable_reason()) is not None:
+    native, packed = request.param
+    if native and (reason := dali_plugin.unavailable_reason()) is not None:
         pytest.skip(reason)
     root = Path(__file__).parent
     arguments = [tmp_path_factory.mktemp("process"), root, root.parent, root.parent / "kernels"]
-    command = [sys.executable, "-c", _SCRIPT.replace("NATIVE", str(request.param)), *map(str, arguments)]
+    script = _SCRIPT.replace("NATIVE", str(native)).replace("SHARDS", str(packed))
+    command = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 

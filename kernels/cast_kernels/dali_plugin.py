@@ -1,12 +1,12 @@
 """The native DALI operators: finding, building and loading their library.
 
-``SaliencyCrop`` chooses the windows of crops; ``CropViews`` and ``SaliencyTargets`` make, on a CPU, what the training
-step gets of an image and its map.
+``ReadMembers`` reads members of shards; ``SaliencyCrop`` chooses the windows of crops; ``CropViews`` and
+``SaliencyTargets`` make, on a CPU, what the training step gets of an image and its map.
 
 The library is compiled against one version of DALI (its symbols carry the version) and lies in
 ``cast_kernels/_native/dali-VERSION/`` beside a ``build.json`` that says what it was built from. It is optional: without
-it, the windows come from ``cast_fast.data.saliency_crop``, which chooses the same ones, and the views from DALI's own
-operators, which are slower on a CPU.
+it, Python's threads read, the windows come from ``cast_fast.data.saliency_crop``, which chooses the same ones, and the
+views from DALI's own operators, which are slower on a CPU.
 
 This file also runs as a script and imports only the standard library until the operator is loaded, so that ``setup.py``
 and ``CMakeLists.txt`` can use it in an environment where nothing is installed::
