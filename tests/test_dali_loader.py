@@ -328,6 +328,11 @@ def test_another_run_is_refused(dataset: Dataset) -> None:
     assert state["step"] == 0
     with pytest.raises(UserError, match="global_batch 2 then, 4 now"):
         _loader(dataset).load_state_dict(state)
+    assert {*state} == {"step", "length", "dataset", "global_batch", "seed"}
+    loader = _loader(dataset, batch=2)
+    for name in ("length", "dataset", "global_batch", "seed"):
+        with pytest.raises(UserError, match=f"run: {name} other then"):
+            loader.load_state_dict({**state, name: "other"})
 
 
 def test_a_batch_in_use_is_not_overwritten(dataset: Dataset, path: dict[str, Any]) -> None:
