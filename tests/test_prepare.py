@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import tarfile
@@ -442,6 +443,39 @@ def test_a_full_disk_is_told_in_a_line_and_costs_no_complete_shard(
             pack(tmp_path, shard_samples=2)
     assert not list((tmp_path / "out").glob("*.part"))
     assert pack(tmp_path, shard_samples=2).kept == 1
+
+
+def test_a_shard_that_is_being_replaced_has_no_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill between the new archive and its index must not leave the old index beside it."""
+    images, _ = write(tmp_path, {"a.jpg": (JPEG, PNG)})
+    pack(tmp_path)
+    os.utime(images / "a.jpg", ns=(1, 1))
+    whole = prepare.write_whole
+
+    def stopped(path: Path, content: bytes) -> None:
+        if path.suffix == ".idx":
+            raise OSError(5, "Input/output error")
+        whole(path, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare, "write_whole", stopped)
+        with pytest.raises(UserError, match="Input/output error"):
+            pack(tmp_path)
+    assert not (tmp_path / "out" / "shard-000000.json").exists()
+    assert pack(tmp_path).kept == 0
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
+    prepare.write_whole(tmp_path / "a", b"old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            prepare.write_whole(tmp_path / "a", bytes(2000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
