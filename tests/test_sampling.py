@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -24,6 +25,15 @@ def test_epoch_order_depends_on_seed_and_epoch_alone() -> None:
     assert np.array_equal(order, sampling.epoch_order(100, 3, 5))
     for seed, epoch in ((4, 5), (3, 6), (5, 3), (2**64 - 1, 5), (3, 2**40)):
         assert not np.array_equal(order, sampling.epoch_order(100, seed, epoch))
+
+
+@pytest.mark.parametrize("draw_order", [sampling.epoch_order, sampling.shuffle_order], ids=["epochs", "steps"])
+def test_orders_of_neighbours_have_nothing_in_common(draw_order: Callable[[int, int, int], np.ndarray]) -> None:
+    """Not even shifted: words of one stream that overlapped with the next one's would give the same order moved on."""
+    first, second = (np.argsort(draw_order(4000, 7, number)) for number in (3, 4))
+    for shift in range(-8, 9):
+        pairs = first[8:-8], second[8 + shift : len(second) - 8 + shift]
+        assert abs(np.corrcoef(*pairs)[0, 1]) < 0.08  # five standard deviations
 
 
 def test_first_places_are_uniform() -> None:
