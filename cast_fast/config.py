@@ -157,12 +157,14 @@ class PretrainConfig:
     batch_norm: str = option(
         "torch", "BatchNorm with ReLU, shortcut and pooling in training", choices=("torch", "streaming")
     )
-    """``streaming`` is one sweep of ``cast_kernels`` each: the same within rounding, with an eighth less traffic."""
+    """``streaming`` is one sweep of ``cast_kernels`` each: the same within rounding, with a seventh less traffic."""
     kernels: str = option("auto", "fused loss kernels or plain torch", choices=("auto", "triton", "torch"))
     """``auto`` takes Triton on CUDA."""
     apex: str = option("off", "NVIDIA apex's fused SGD, after a parity probe", choices=("auto", "on", "off"))
     """``off`` is torch's fused SGD; ``auto`` takes apex's where it is installed and passes, ``on`` insists on it."""
-    loader_threads: int = option(0, "CPU threads of the loader; 0 for the available cores", resumable=True)
+    loader_threads: int = option(
+        0, "CPU threads of the loader; 0 for this process's share of the cores", resumable=True
+    )
     """DALI's threads; crops and order do not depend on it."""
     max_nonfinite: int = option(10, "non-finite steps in a row before the run stops", resumable=True)
     """Such a step changes nothing; at least 1."""

@@ -74,12 +74,16 @@ def normalise(
     parts = input.unflatten(0, (len(mean), -1))
     with torch.autocast(input.device.type, enabled=False):
         result: Any = _Normalise.apply(parts, mean, variance, norm.weight, norm.bias, norm.eps, across_ranks)
-    # Out here, because the ReLU that follows may write in place, which no view from inside of a function allows.
-    return result.flatten(0, 1)
+    # Out here, because the ReLU that follows may write in place, which no view from inside of a function allows, and
+    # because torch 2.11 compiles a function that ends in a cast without effect to one whose gradient is zero.
+    return result.flatten(0, 1).to(input.dtype)
 
 
 class _Normalise(torch.autograd.Function):
-    """(P, n, C, H, W) → the same, with the gradient in closed form: autograd of the formula reduces more often."""
+    """(P, n, C, H, W) → the same in the dtype of the statistics.
+
+    The gradient is in closed form: autograd of the formula reduces more often.
+    """
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -97,13 +101,13 @@ class _Normalise(torch.autograd.Function):
         ctx.across_ranks = across_ranks
         scale = inverse if weight is None else inverse * weight
         y = (x.to(mean.dtype) - _spread(mean)) * _spread(scale)
-        return (y if bias is None else y + bias[:, None, None]).to(x.dtype)
+        return y if bias is None else y + bias[:, None, None]
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, mean, inverse, weight = ctx.saved_tensors
-        gradient, centred = dy.to(mean.dtype), x.to(mean.dtype) - _spread(mean)
-        total, product = gradient.sum((1, 3, 4)), (gradient * centred).sum((1, 3, 4))
+        centred = x.to(mean.dtype) - _spread(mean)
+        total, product = dy.sum((1, 3, 4)), (dy * centred).sum((1, 3, 4))
         dweight = None if weight is None else (product * inverse).sum(0).to(weight.dtype)
         dbias = None if weight is None else total.sum(0).to(weight.dtype)
         count = x.numel() // mean.numel()
@@ -113,7 +117,7 @@ class _Normalise(torch.autograd.Function):
             count *= distributed.world_size()
         scale = inverse if weight is None else inverse * weight
         slope = inverse.square() * product / count
-        dx = (gradient - _spread(total / count) - centred * _spread(slope)) * _spread(scale)
+        dx = (dy - _spread(total / count) - centred * _spread(slope)) * _spread(scale)
         return dx.to(x.dtype), None, None, dweight, dbias, None, None
 
 
