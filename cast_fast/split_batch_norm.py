@@ -23,7 +23,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     The runs are ``passes`` times ``groups``, the groups of one pass beside each other. Running statistics take one step
     a pass, in order, as if the passes had come one after the other, by the mean of its groups' statistics. In eval
     mode, and for one part, it is ``nn.BatchNorm2d`` itself. Under ``torch.compile`` it makes the kernels of an ordinary
-    BatchNorm; eagerly it is several times slower than torch's.
+    BatchNorm; eagerly it is slower than torch's.
     """
 
     passes: int = 1
