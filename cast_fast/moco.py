@@ -15,8 +15,9 @@ class MoCo(nn.Module):
     """Query encoder, key encoder and key queue.
 
     The key encoder starts as a copy of the query encoder and takes no gradient. Both stay in train mode: each forward
-    pass is normalised by the statistics of its own batch or of groups of it (``shuffle``), as in MoCo. The key encoder's running BatchNorm statistics
-    therefore mix the plain and the masked keys; nothing here evaluates the key encoder, so nothing reads them.
+    pass is normalised by the statistics of its own batch or of groups of it (``shuffle``), as in MoCo. The key
+    encoder's running BatchNorm statistics therefore mix the plain and the masked keys; nothing here evaluates the key
+    encoder, so nothing reads them.
 
     Args:
         arch: name of a torchvision ResNet.
