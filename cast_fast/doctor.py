@@ -281,7 +281,7 @@ def _batch_norm(where: Any) -> Finding:
         other = "streaming computes the same here, without gain: its kernels are for GPUs"
     else:
         other = (
-            "streaming (fused Triton sweeps, the same within rounding) moves an eighth less memory in the trunk by "
+            "streaming (fused Triton sweeps, the same within rounding) moves a seventh less memory in the trunk by "
             "count, and is not the default because no GPU has timed it: benchmarks/gpu_check.sh does"
         )
     groups = f"one process takes statistics of {GROUP_SIZE} samples at a time, as many ranks would"

@@ -86,8 +86,8 @@ def test_tables_hold_what_the_documentation_says(path: Path) -> None:
     streaming = rows["resnet50 trunk streaming"]
     assert total("resnet50 trunk streaming") + streaming["backward"]["second_reading_bytes"] < 256 * 340e6
     for arch in ("resnet18", "resnet50"):
-        assert total(f"{arch} trunk streaming") < 0.88 * total(f"{arch} trunk")
-        assert total(f"{arch} cast kernels streaming") < 0.92 * total(f"{arch} cast kernels")
+        assert total(f"{arch} trunk streaming") < 0.86 * total(f"{arch} trunk")
+        assert total(f"{arch} cast kernels streaming") < 0.90 * total(f"{arch} cast kernels")
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
@@ -101,11 +101,12 @@ def test_every_streaming_operator_is_one_sweep(path: Path) -> None:
     projected, last = sum(layers[1:]), layers[-1]
     expected = {
         "batch_norm_statistics": stem + inner + outer + projected,
-        "batch_norm_apply": 2 * inner + 3 * outer,
+        "batch_norm_apply": 2 * inner,
+        "batch_norm_apply_mask": 3 * outer + outer / 16,  # masks are bits
         "batch_norm_relu_pool": stem + 1.5 * pooled,  # choices are bytes
         "batch_norm_relu_reduce": 2 * inner,
         "batch_norm_relu_input_gradient": 3 * inner,
-        "batch_norm_add_reduce": 5 * outer - last + projected,  # the last block has one reader
+        "batch_norm_add_reduce": 4 * outer + outer / 16 - last + projected,  # the last block has one reader
         "batch_norm_input_gradient": 3 * (outer - projected),
         "batch_norm_input_gradients": 5 * projected,
         "batch_norm_relu_pool_reduce": stem + 2.5 * pooled,
