@@ -187,12 +187,14 @@ def test_tests_that_need_dali_run_whether_or_not_the_operator_is_built(bench: Be
 
 def test_the_loaders_pictures_are_not_packed(bench: Bench) -> None:
     bench.lacks()
-    bench.rule("loader.py", 'mkdir -p "$out/scenes-4-0" && touch "$out/scenes-4-0/0.jpg" "$out/loader.png"')
+    folders = " ".join(f"$out/{name}/images" for name in ("scenes-4-0", "packed-0", "tiny-32"))
+    made = f"touch $out/loader.png; for each in {folders}; do mkdir -p $each; touch $each/0; done"
+    bench.rule("loader.py", made)
     bench.call("--only", "loader")
     with tarfile.open(bench.out / "gpu_check.tar.gz") as archive:
         names = archive.getnames()
     assert "./loader/loader.png" in names
-    assert not [name for name in names if "scenes" in name]
+    assert not [name for name in names if "images" in name]
 
 
 def test_tests_of_missing_extras_are_left_out(bench: Bench) -> None:
