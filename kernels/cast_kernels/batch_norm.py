@@ -158,8 +158,8 @@ def _reduction(
     programs = max(1, min(tiles, RESIDENT * device_properties(x.device)[1] // (blocks * parts)))
     partial = torch.empty((programs, *sums.shape), dtype=torch.float32, device=x.device)
     given = (*arguments, partial, *sizes, programs)
-    # That of the pool needs more where C is no multiple of 8, and does not spill with one part.
-    registers = None if pooled and (parts == 1 or x.shape[1] % 8) else REGISTERS
+    # That of the pool needs more where C is no multiple of 8.
+    registers = None if pooled and x.shape[1] % 8 else REGISTERS
     sweep = Launch(kernel, (programs * blocks, parts), given, constants, WARPS, max_registers=registers)
     block = {"BLOCK_P": COMBINED, "BLOCK_C": 16}
     if kernel is kernels._statistics_kernel:
