@@ -5,8 +5,8 @@
 #
 # Each phase keeps its files and its log in OUTDIR/PHASE and writes OUTDIR/PHASE/status when it has ended; a later call
 # with the same OUTDIR skips what has ended and goes on. A phase cut off by the end of the call, or skipped for want of a
-# package, is started again by the next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz holds the small files of all: unpack
-# it into OUTDIR to go on elsewhere.
+# package, is started again by the next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz
+# holds the small files of all: unpack it into OUTDIR to go on elsewhere.
 #
 # A GPU for half an hour: the same call three times on the same machine, which keeps OUTDIR and the compilers' caches
 # (both lie outside of the tree), and after each bring home OUTDIR/report.md and OUTDIR/gpu_check.tar.gz.
@@ -20,7 +20,7 @@
 #     nvidia-nvimgcodec-cu13==0.9.0.20 nvidia-libnvcomp-cu13==5.3.0.16 nvidia-nvjpeg nvidia-nvjpeg2k-cu13 \
 #     nvidia-nvtiff-cu13 astunparse gast optree
 #   tar -C wheels -c . | split -b 50M - wheels.tar.   # then one part a call as .wheels/part
-# There: cat .wheels/part >>/tmp/wheels.tar, in order, in each of six calls, the first two of gpu_check.sh among them; then
+# There, in order, cat .wheels/part >>/tmp/wheels.tar in six calls, the first two of gpu_check.sh among them; then
 #   tar -C /tmp -xf /tmp/wheels.tar && pip install -q --no-index --no-deps --target /tmp/site /tmp/*.whl
 #   PYTHONPATH=/tmp/site benchmarks/gpu_check.sh OUTDIR
 # Without packaging and six, add these.
