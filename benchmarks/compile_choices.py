@@ -17,7 +17,6 @@ import json
 import os
 import sys
 import time
-import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from torch import Tensor, nn
 
 from cast_fast import forward
 from cast_fast.batch_counters import BatchCounters
+from cast_fast.compilation import compiled, own_code
 from cast_fast.encoder import Encoder, EncoderOutput
 from cast_fast.errors import UserError
 from cast_fast.objective import contrastive_attention_loss
@@ -201,15 +201,6 @@ def three_regions(wrap: Callable[[Any], Any], stream: Any = None) -> Callable[..
     return step_losses
 
 
-def own_code(function: Any, name: str) -> Any:
-    """A copy of a function with code of its own: torch.compile keeps what it made by code, not by settings."""
-    copied = types.FunctionType(
-        function.__code__.replace(co_name=name), function.__globals__, name, function.__defaults__, function.__closure__
-    )
-    copied.__kwdefaults__ = function.__kwdefaults__
-    return copied
-
-
 @contextlib.contextmanager
 def patched(choice: Choice) -> Iterator[None]:
     """The settings of a choice, in force while it is compiled. What this torch does not know is left out, and said."""
@@ -321,8 +312,7 @@ def build_step(choice: Choice, settings: ladder.Settings) -> TrainStep:
     suffix = f"{choice.name}_{config.batch}".replace("-", "_").replace(".", "_")
 
     def wrap(function: Any) -> Any:
-        copied = own_code(function, f"{function.__name__}_{suffix}")
-        return torch.compile(copied, fullgraph=True, dynamic=False, mode=mode)
+        return compiled(own_code(function, f"{function.__name__}_{suffix}"), mode)
 
     if choice.regions == "one":
         step._losses = wrap(forward.step_losses)

@@ -213,7 +213,7 @@ def _accelerators() -> Iterator[Finding]:
 
 
 def _compile(where: Any) -> Finding:
-    from cast_fast.step import compile_fault
+    from cast_fast.compilation import compile_fault
 
     fault = compile_fault(where)
     if fault is None:

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from cast_fast import distributed
+from cast_fast.compilation import compiled
 from cast_fast.distributed import World
 from cast_fast.encoder import Encoder
 from cast_fast.forward import attention_weights, embed_keys, query_losses
@@ -155,7 +156,7 @@ class ParallelLosses:
         self._scale, self._shift, self._dtype = scale, shift, dtype
         self._attention = objective.attention
         self._exchange: str | None = None
-        self._embed = torch.compile(embed_keys, fullgraph=True, dynamic=False) if compile else embed_keys
+        self._embed = compiled(embed_keys) if compile else embed_keys
         self._region = _Region(model.query, objective, dtype, kernels, compile, scale, shift, settings.query_groups)
         # Statistics are averaged by the step itself. torch renames the flag; older versions know the old name only.
         renamed = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
@@ -252,7 +253,7 @@ class _Region(nn.Module):
         self.query = query
         self._settings: tuple[Any, ...] = (scale, shift, objective, dtype, kernels)
         self._groups = groups
-        self._losses = torch.compile(_rank_losses, fullgraph=True, dynamic=False) if compile else _rank_losses
+        self._losses = compiled(_rank_losses) if compile else _rank_losses
 
     def forward(
         self,

@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 
 from cast_fast import distributed
 from cast_fast.batch_counters import BatchCounters
+from cast_fast.compilation import compiled
 from cast_fast.forward import step_losses
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
@@ -144,15 +145,6 @@ def resolve_queue_dtype(name: str, precision: str, device: torch.device, kernels
     return torch.float32
 
 
-def compile_fault(device: torch.device) -> str | None:
-    """Why ``torch.compile`` does not work for this device, or ``None`` where a small trial compiles and runs."""
-    try:
-        torch.compile(lambda x: (x + 1).relu(), fullgraph=True)(torch.ones(8, device=device))
-    except Exception as error:  # whatever the compiler throws is the answer
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-    return None
-
-
 class TrainStep:
     """The training step of a ``MoCo`` model; call it with a batch and a learning rate.
 
@@ -230,7 +222,7 @@ class TrainStep:
         self._losses = step_losses
         if compile:
             mode = None if compile_mode == "default" else compile_mode
-            self._losses = torch.compile(step_losses, fullgraph=True, dynamic=False, mode=mode)
+            self._losses = compiled(step_losses, mode)
         self._recorded = compile and weights.is_cuda and COMPILE_MODES[compile_mode]
         """Whether the compiled graph is recorded and replayed, each time in the same memory."""
         self._ranks: ParallelLosses | None = None

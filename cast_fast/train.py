@@ -48,6 +48,7 @@ from torch import Tensor
 
 from cast_fast import checkpoint, distributed
 from cast_fast.accelerators import build_sgd
+from cast_fast.compilation import compile_fault
 from cast_fast.config import PretrainConfig, add_config_arguments, config_from_args
 from cast_fast.data import layout, sampling, shards
 from cast_fast.data.batch import Batch, random_batch
@@ -73,7 +74,7 @@ from cast_fast.run_folder import (
     write_atomically,
 )
 from cast_fast.signals import EXIT_STOPPED, Signals, Stopped
-from cast_fast.step import TrainStep, compile_fault, resolve_queue_dtype
+from cast_fast.step import TrainStep, resolve_queue_dtype
 
 if TYPE_CHECKING:
     from cast_fast.data.dali_loader import DaliLoader

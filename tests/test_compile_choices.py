@@ -14,8 +14,6 @@ import torch._functorch.config
 import torch._inductor.config
 from test_step import LR, batch_of, snapshot, tiny_step
 
-from cast_fast.forward import step_losses
-
 TINY = ["--device", "cpu", "--arch", "resnet18", "--size", "32", "--batch", "2", "--repeats", "1"]
 
 
@@ -42,13 +40,6 @@ def test_padded_stem_is_the_stem() -> None:
     torch.testing.assert_close(torch.stack(results[1][:3]), torch.stack(results[0][:3]), rtol=1e-12, atol=1e-12)
     wanted = plain.model.query.trunk.get_parameter("0.weight")
     torch.testing.assert_close(padded.model.query.trunk.get_parameter("0.conv.weight"), wanted, rtol=1e-12, atol=1e-12)
-
-
-def test_copies_of_a_function_have_code_of_their_own() -> None:
-    copied = compile_choices.own_code(step_losses, "other")
-    assert copied.__code__ is not step_losses.__code__ and copied.__code__ != step_losses.__code__
-    assert copied.__defaults__ == step_losses.__defaults__
-    assert compile_choices.own_code(lambda x, *, y=1: x + y, "f")(2) == 3
 
 
 @pytest.mark.parametrize("choice", compile_choices.CHOICES.values(), ids=lambda choice: choice.name)

@@ -18,6 +18,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 from torchvision.models.resnet import BasicBlock
 
+from cast_fast.compilation import compile_fault
 from cast_fast.data.batch import Batch, random_batch
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
@@ -28,7 +29,6 @@ from cast_fast.step import (
     IMAGE_STD,
     StepMetrics,
     TrainStep,
-    compile_fault,
     has_bf16_matrix_hardware,
     resolve_precision,
     resolve_queue_dtype,
