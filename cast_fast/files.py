@@ -12,17 +12,22 @@ from types import TracebackType
 from cast_fast.errors import UserError
 
 
-def write_whole(path: Path, content: bytes | str) -> None:
+def write_whole(path: Path, content: bytes | str, *, durable: bool = False) -> None:
     """Writes a file whole or not at all: under another name beside its place, then renamed. Its folder must exist.
 
-    The file survives a process that is killed; it is not forced to the disk, so a power failure may cost it.
+    The file survives a process that is killed. Only a ``durable`` one is on the disk before it has its name, so that a
+    power failure leaves the old or the new content.
 
     Raises:
         OSError: it cannot be written; what was at ``path`` is still there.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
+        with part.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(part, path)
     finally:
         with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -168,13 +167,3 @@ def locked_run(run: Path) -> Iterator[None]:
         except OSError as error:
             raise UserError(f"--out: cannot write into {run}: {error.strerror or error}") from error
         yield
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a small file whole or not at all, and onto the disk before it returns."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    with open(temporary, "w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, path)

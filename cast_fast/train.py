@@ -57,6 +57,7 @@ from cast_fast.display import Clock, Display
 from cast_fast.doctor import dali_fault
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
+from cast_fast.files import write_whole
 from cast_fast.metrics import DELAY, STEP_SCALARS, Metrics, Reading
 from cast_fast.moco import MoCo
 from cast_fast.nonfinite import NonFinite
@@ -71,7 +72,6 @@ from cast_fast.run_folder import (
     read_run_config,
     require_same_config,
     require_same_dataset,
-    write_atomically,
 )
 from cast_fast.signals import EXIT_STOPPED, Signals, Stopped
 from cast_fast.step import TrainStep, resolve_queue_dtype
@@ -470,7 +470,7 @@ class _Trainer:
                     )
         content["starts"].append(start)
         try:
-            write_atomically(path, json.dumps(content, indent=2) + "\n")
+            write_whole(path, json.dumps(content, indent=2) + "\n", durable=True)
         except OSError as error:
             raise UserError(f"--out: cannot write into {self.run}: {error.strerror or error}") from error
         if self.dataset.faults:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -40,6 +41,16 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"a": b"old"}
     write_whole(tmp_path / "a", "é")
     assert contents(tmp_path) == {"a": b"\xc3\xa9"}
+
+
+def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before: list[bool] = []
+    monkeypatch.setattr(os, "fsync", lambda handle: before.append((tmp_path / "a").exists()))
+    write_whole(tmp_path / "a", "quick")
+    assert before == []
+    (tmp_path / "a").unlink()
+    write_whole(tmp_path / "a", "sure", durable=True)
+    assert before == [False] and contents(tmp_path) == {"a": b"sure"}
 
 
 def test_results_come_together(tmp_path: Path) -> None:

@@ -43,13 +43,6 @@ LR = 0.05
 
 
 @pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    """All steps compile one function: without a reset the tests together would pass its limit of recompilations."""
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
 def full_float32() -> Iterator[None]:
     """Variants are compared in float32: on a GPU convolutions must not round to TF32."""
     before = torch.backends.cudnn.allow_tf32
