@@ -39,7 +39,9 @@ def compile_fault(device: torch.device) -> str | None:
     try:
         compiled(_trial)(torch.ones(8, device=device))
     except Exception as error:  # whatever the compiler throws is the answer
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        # torch tells on its first line which backend failed and on the next what it said.
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return ": ".join([type(error).__name__, *(line.rstrip(":") for line in lines[:2])])
     return None
 
 
