@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from full_disk import full_disk
 
 from cast_fast import checkpoint, checkpoint_storage, distributed
 from cast_fast.checkpoint import Part
@@ -70,11 +71,8 @@ def everything(world: World, folder: str) -> dict[str, Any]:
     found["again"] = save(1)
 
     # One rank's disk is full in the middle of its file.
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    if world.rank == 2:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    found["full"] = save(2)
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with full_disk(10_000) if world.rank == 2 else contextlib.nullcontext():
+        found["full"] = save(2)
     found["after full"] = names()
 
     # One rank sees another folder.

@@ -7,7 +7,6 @@ import dataclasses
 import hashlib
 import json
 import re
-import resource
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from full_disk import full_disk
 from PIL import Image
-from test_checkpoint import flip, limit_file_size, mounted
+from test_checkpoint import flip, mounted
 from test_train import PLAIN, cache, command_line, python, scenes, settings, undisturbed
 
 from cast_fast import checkpoint, cli
@@ -272,12 +272,8 @@ def test_write_that_fails_half_way(scenes: Path, run: Path, capfd: pytest.Captur
     """A limit on the size of files fails the write itself, after the check of free space."""
     shutil.rmtree(run / "checkpoints" / "step-6")
     before = contents(run / "checkpoints")
-    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    limit_file_size(1_000_000)
-    try:
+    with full_disk(1_000_000):
         line = refused(capfd, command_line(settings(scenes, run), "--resume"))
-    finally:
-        limit_file_size(limit)
     assert "cannot save the checkpoint of step 6" in line and "File too large" in line
     assert contents(run / "checkpoints") == before
 

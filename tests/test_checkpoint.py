@@ -11,7 +11,6 @@ import os
 import pickle
 import random
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -25,6 +24,7 @@ import checkpoint_checks
 import pytest
 import rank_checks
 import torch
+from full_disk import full_disk
 from safetensors import safe_open
 
 from cast_fast import checkpoint, checkpoint_storage
@@ -554,23 +554,13 @@ def test_sigkill_at_random_moments(tmp_path: Path) -> None:
 # No space
 
 
-def limit_file_size(limit: int) -> None:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
 def test_file_size_limit_loses_nothing(tmp_path: Path) -> None:
     """A write that fails half way (EFBIG here, as ENOSPC would) is one clear error; earlier checkpoints stay whole."""
     save(tmp_path, 1)
     state = {"small": torch.zeros(10), "large": torch.zeros(1_000_000)}
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    limit_file_size(1_000_000)
-    try:
-        with pytest.raises(
-            UserError, match=rf"step 2 in {re.escape(str(tmp_path))}.*too large.*4\.1 MB needed.*MB free"
-        ):
-            checkpoint.save(tmp_path, 2, state, config={}, fingerprint="f", keep=1)
-    finally:
-        limit_file_size(before)
+    told = rf"step 2 in {re.escape(str(tmp_path))}.*too large.*4\.1 MB needed.*MB free"
+    with full_disk(1_000_000), pytest.raises(UserError, match=told):
+        checkpoint.save(tmp_path, 2, state, config={}, fingerprint="f", keep=1)
     assert names(tmp_path) == {"step-1", "last"}
     loaded = checkpoint.load_last(tmp_path)
     assert loaded is not None and loaded.step == 1

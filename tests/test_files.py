@@ -1,33 +1,20 @@
-"""Files whole or absent, results complete or not there: also where the disk is full, which a file-size limit plays."""
+"""Files whole or absent, results complete or not there: also where the disk is full."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import resource
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torchvision
+from full_disk import full_disk
 from PIL import Image
 
 from cast_fast import cli
 from cast_fast.errors import UserError
 from cast_fast.export import save_safetensors
 from cast_fast.files import Results, write_whole
-
-
-@contextlib.contextmanager
-def full_disk(limit: int) -> Iterator[None]:
-    """No file can grow beyond ``limit`` bytes (EFBIG, where a full disk says ENOSPC)."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def contents(folder: Path) -> dict[str, bytes]:

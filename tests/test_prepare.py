@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import resource
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+from full_disk import full_disk
 from PIL import Image, ImageOps
 
 from cast_fast import cli
@@ -470,13 +470,8 @@ def test_a_shard_that_is_being_replaced_has_no_index(tmp_path: Path, monkeypatch
 
 def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
     prepare.write_whole(tmp_path / "a", b"old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            prepare.write_whole(tmp_path / "a", bytes(2000))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with full_disk(1000), pytest.raises(OSError, match="File too large"):
+        prepare.write_whole(tmp_path / "a", bytes(2000))
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"old"
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import csv
-import errno
-import os
 from pathlib import Path
 
 import numpy as np
 import pytest
+from full_disk import full_disk
 from PIL import Image
 
 from cast_fast import cli
@@ -209,22 +208,15 @@ def test_an_interrupted_folder_is_completed(tmp_path: Path, monkeypatch: pytest.
     assert contents(out) == whole
 
 
-def test_a_full_disk_leaves_no_partial_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[: len(data) // 2])
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self))
-
+def test_a_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     out = write_dataset(tmp_path / "made", 1, seed=0, size=SMALL, workers=1)
     before = contents(out)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(UserError, match="No space left"):
-            write_dataset(out, 2, seed=0, size=SMALL, workers=1)
-    visible = {name: data for name, data in contents(out).items() if not Path(name).name.startswith(".")}
-    assert visible == before
-    write_dataset(out, 2, seed=0, size=SMALL, workers=1)
-    assert not [name for name in contents(out) if Path(name).name.startswith(".")]
+    whole = contents(write_dataset(tmp_path / "whole", 2, seed=0, size=SMALL, workers=1))
+    with full_disk(1000), pytest.raises(UserError, match=f"cannot write {out}: File too large"):
+        write_dataset(out, 2, seed=0, size=SMALL, workers=1)  # there is room for the record and a map, not for a scene
+    after = contents(out)
+    assert after == {**before, **{name: whole[name] for name in ("demo.json", "saliency/scene_000001.png")}}
+    assert contents(write_dataset(out, 2, seed=0, size=SMALL, workers=1)) == whole
 
 
 def test_foreign_and_different_folders_are_refused(tmp_path: Path) -> None:
