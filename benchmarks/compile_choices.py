@@ -326,9 +326,6 @@ def time_choices(
     names: list[str], settings: ladder.Settings, results: harness.Results, repeats: int, deadline: float
 ) -> list[list[str]]:
     """Times each choice in turns with the default; a choice whose first loss differs gets no time."""
-    import torch._dynamo.config
-
-    torch._dynamo.config.recompile_limit = 64
     batch = ladder._batch(settings)
     rows, baseline = [], None
     for name in names:

@@ -199,9 +199,9 @@ def test_lines_can_be_compiled_ahead(
 
     monkeypatch.setattr(ladder, "build", failing)
     monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(config, "autotune_local_cache", True)
     flags = [*TINY, "--device", "cpu", "--out", str(tmp_path / "out"), "--compile-only"]
-    assert throughput.main([*flags, "--variants", "closed-form,trunk-bound,compiled,kernels,moco"]) == 1
+    with config.patch(autotune_local_cache=True):  # pytest's monkeypatch would leave the setting without a value
+        assert throughput.main([*flags, "--variants", "closed-form,trunk-bound,compiled,kernels,moco"]) == 1
     assert compiled == [{"kept": False}] * 2  # trunk-bound and compiled; times taken beside others are not kept
     assert "moco: failed: OutOfMemoryError" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
