@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import resource
+import sys
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -51,6 +55,37 @@ def device_settings(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     torch.backends.cudnn.allow_tf32 = before
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """The settings of the process after a file of tests are those before: else the next files depend on their order."""
+    before = process_settings()
+    yield
+    after = process_settings()
+    changed = {name: (before[name], after.get(name)) for name in before if before[name] != after.get(name)}
+    assert not changed, f"{request.node.name} leaves changed (before, after): {changed}"
+
+
+def process_settings() -> dict[str, Any]:
+    """What tests might set and forget. Modules of torch that are not imported yet have no settings so far."""
+    found: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "default dtype": torch.get_default_dtype(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "file size": resource.getrlimit(resource.RLIMIT_FSIZE),
+        "open files": resource.getrlimit(resource.RLIMIT_NOFILE),
+        "folder": os.getcwd(),
+    }
+    found.update((name, value) for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST")
+    for module in ("torch._dynamo.config", "torch._inductor.config", "torch._functorch.config"):
+        config = sys.modules.get(module)
+        names = config.get_config_copy() if config is not None else ()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # some settings are deprecated
+            # Each is read by itself: a copy also holds settings that have lost their value.
+            found.update((f"{module}.{name}", getattr(config, name, "no value")) for name in names)
+    return found
 
 
 @pytest.fixture(scope="session")
