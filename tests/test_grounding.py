@@ -65,6 +65,45 @@ def test_pointing_tolerance_is_a_distance():
     assert score(cam, mask, tolerance=5.9 / 40)["pointing"] == 0 and score(cam, mask, tolerance=6 / 40)["pointing"] == 1
 
 
+@pytest.mark.parametrize(("side", "cells"), [(224, 7), (96, 6), (128, 4), (64, 2), (30, 7), (5, 7)])
+def test_pointing_has_no_favourite_side(side, cells):
+    rng = np.random.default_rng(0)
+    found = []
+    for row in range(cells):  # every cell, those at the border too
+        for column in np.repeat(range(cells), 8):
+            cam = 0.5 * rng.random((cells, cells)).astype(np.float32)
+            cam[row, column] = 1
+            mask = np.zeros((side, side), bool)
+            top, left = rng.integers(0, side - side // 4, 2)
+            mask[top : top + side // 4, left : left + side // 3] = True
+            ways = [(cam, mask), (cam[::-1], mask[::-1]), (cam[:, ::-1], mask[:, ::-1]), (cam.T, mask.T)]
+            points = {score(np.ascontiguousarray(c), np.ascontiguousarray(m))["pointing"] for c, m in ways}
+            assert len(points) == 1, (row, column)
+            found.append(points.pop())
+    assert 0 < np.mean(found) < 1
+
+
+def test_a_peak_in_a_border_cell_points_to_the_cells_middle():
+    cam = np.zeros((2, 2), np.float32)
+    cam[0, 0] = 1
+    mask = np.zeros((64, 64), bool)
+    mask[15:17, 15:17] = True
+    assert score(cam, mask, tolerance=0)["pointing"] == 1
+    corner = np.zeros((64, 64), bool)
+    corner[0, 0] = True  # where the enlarged map is as large, but the cell's middle is far away
+    assert score(cam, corner, tolerance=15 / 64)["pointing"] == 0
+
+
+def test_cells_that_tie_share_the_point():
+    cam = np.array([[1, 1 - 1e-7], [0.5, 1]], np.float32)
+    mask = np.zeros((32, 32), bool)
+    mask[:16, :16] = True
+    assert score(cam, mask, tolerance=0)["pointing"] == pytest.approx(1 / 3)
+    middle = np.zeros((96, 96), bool)
+    middle[40:56, 40:56] = True  # the middles of the four inner cells of six by six, just
+    assert score(grounding.baseline_maps((6, 6))["centre"], middle, tolerance=0)["pointing"] == 1
+
+
 def test_zero_maps_and_impossible_input():
     mask = np.eye(8, dtype=bool)
     assert set(score(np.zeros((2, 2), np.float32), mask).values()) == {0.0}
@@ -80,10 +119,10 @@ def test_zero_maps_and_impossible_input():
 def test_baselines_by_hand():
     mask = np.zeros((16, 16), bool)
     mask[:4] = True
-    found = grounding.score_uniform(mask, (4, 4), tolerance=0)
+    found = score(np.ones((4, 4), np.float32), mask, tolerance=0)
     assert found == {name: pytest.approx(value) for name, value in zip(METRICS, (0.5, 0.25, 0.25, 0.25))}
     # on two rows of cells the salient shares are 1/2 and 0, and half of every cell above counts as much as a whole one
-    assert grounding.score_uniform(mask, (2, 2))["cosine"] == pytest.approx(np.sqrt(0.5))
+    assert score(np.ones((2, 2), np.float32), mask)["cosine"] == pytest.approx(np.sqrt(0.5))
     maps = grounding.baseline_maps((7, 7))
     assert np.unravel_index(maps["centre"].argmax(), (7, 7)) == (3, 3)
     assert np.allclose(maps["centre"], maps["centre"].T) and (maps["uniform"] == 1).all()

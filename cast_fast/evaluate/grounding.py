@@ -10,11 +10,14 @@ Measured against the query crop's own saliency map, per picture:
 
 =========  ==============================================================================================
 cosine     between the Grad-CAM map and the salient share of each of its cells; what the loss maximises
-pointing   1 if the peak of the map, enlarged to the crop, lies on a salient pixel or within the tolerance
-           (pointing game: J. Zhang et al., "Top-down Neural Attention by Excitation Backprop", 2018)
+pointing   1 if the middle of the map's largest cell lies on a salient pixel or within the tolerance; cells that tie
+           share the point (pointing game: J. Zhang et al., "Top-down Neural Attention by Excitation Backprop", 2018)
 energy     share of the enlarged map's sum that lies inside the salient region
 iou        of the region above a share of the peak with the salient region
 =========  ==============================================================================================
+
+The middle of the largest cell is the peak of the enlarged map, except in the outermost cells, beyond whose middle the
+enlarged map is flat: its first largest pixel would be at the border of the crop for cells at the top and on the left.
 
 A map of zeros scores 0 in all four. Two maps that look at nothing set the scale: ``uniform``, and ``centre``, a
 Gaussian in the middle of the crop (photographers centre objects, and so does the crop rule).
@@ -77,6 +80,8 @@ METRICS = ("cosine", "pointing", "energy", "iou")
 TOLERANCE = 15 / 224
 """Of the pointing game, as a share of the crop's side: 15 pixels, as published, at 224."""
 _CENTRE_SIGMA = 0.25
+_TIE = 1e-6
+"""Cells that differ by less than this share of the largest one tie."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +185,21 @@ def score(
     norm = float(np.linalg.norm(small) * np.linalg.norm(target))
     large = figures.enlarge(small, *mask.shape)
     region = large >= iou_share * large.max()
-    peak = np.unravel_index(int(large.argmax()), large.shape)
     return {
         "cosine": float((small * target).sum()) / norm,
-        "pointing": float(_distance(mask)[peak] <= tolerance * mask.shape[0]),
+        "pointing": _pointing(small, _distance(mask) <= tolerance * mask.shape[0]),
         "energy": float(large[mask].sum() / large.sum()),
         "iou": float((region & mask).sum() / (region | mask).sum()),
     }
+
+
+def _pointing(cam: NDArray[np.float32], near: NDArray[np.bool_]) -> float:
+    """Share of the map's largest cells (h, w), mostly one, whose middle is near the region (S, S)."""
+    cells = np.nonzero(cam >= (1 - _TIE) * cam.max())
+    at = [(index + 0.5) * side / count - 0.5 for index, side, count in zip(cells, near.shape, cam.shape)]
+    # a middle between two pixels is near if one of them is, so that turning map and region changes nothing
+    around = [np.clip([np.floor(a), np.ceil(a)], 0, side - 1).astype(int) for a, side in zip(at, near.shape)]
+    return float(near[around[0][:, None], around[1][None]].any(axis=(0, 1)).mean())
 
 
 def _distance(mask: NDArray[np.bool_]) -> NDArray[np.float32]:
@@ -199,12 +212,6 @@ def baseline_maps(grid: tuple[int, int]) -> dict[str, NDArray[np.float32]]:
     y, x = ((np.arange(n) + 0.5) / n - 0.5 for n in grid)
     gaussian = np.exp(-(y[:, None] ** 2 + x[None, :] ** 2) / (2 * _CENTRE_SIGMA**2))
     return {"uniform": np.ones(grid, np.float32), "centre": gaussian.astype(np.float32)}
-
-
-def score_uniform(mask: NDArray[np.bool_], grid: tuple[int, int], tolerance: float = TOLERANCE) -> dict[str, float]:
-    """What a uniform map on a grid of cells scores, its pointing by expectation over a peak that is anywhere."""
-    near = float((_distance(mask) <= tolerance * mask.shape[0]).mean())
-    return {**score(np.ones(grid, np.float32), mask), "pointing": near}
 
 
 @dataclasses.dataclass
@@ -281,9 +288,7 @@ def measure(
         chosen = [pair for _, pair in kept]
         for pair in chosen:
             for name, cam in fixed.items():
-                uniform = name == "uniform"
-                scores = score_uniform(pair.query_mask, grid, tolerance) if uniform else None
-                scores = scores or score(cam, pair.query_mask, iou_share=iou_share, tolerance=tolerance)
+                scores = score(cam, pair.query_mask, iou_share=iou_share, tolerance=tolerance)
                 for metric, value in scores.items():
                     measured.baselines[name][metric].append(value)
         for model, keyer in encoders:
