@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import killed
 import numpy as np
 import pytest
 import torchvision
@@ -14,7 +20,7 @@ from PIL import Image
 from cast_fast import cli
 from cast_fast.errors import UserError
 from cast_fast.export import save_safetensors
-from cast_fast.files import Results, write_whole
+from cast_fast.files import Results, claimed, remove_parts, whole_file, write_whole
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -32,12 +38,117 @@ def test_a_file_is_whole_or_as_it_was(tmp_path: Path) -> None:
 
 def test_a_durable_file_is_on_the_disk_before_it_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before: list[bool] = []
-    monkeypatch.setattr(os, "fsync", lambda handle: before.append((tmp_path / "a").exists()))
+    monkeypatch.setattr(os, "fsync", lambda _: before.append((tmp_path / "a").exists()))
     write_whole(tmp_path / "a", "quick")
     assert before == []
     (tmp_path / "a").unlink()
     write_whole(tmp_path / "a", "sure", durable=True)
-    assert before == [False] and contents(tmp_path) == {"a": b"sure"}
+    assert before == [False, True]  # the file, then the folder with its name
+    assert contents(tmp_path) == {"a": b"sure"}
+
+
+def test_a_killed_write_leaves_a_part_that_the_next_one_clears(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    for ends, parts in ("before its name", 1), ("while it is written", 1), ("after it has its name", 0):
+        program = (
+            "import os, signal, sys\n"
+            "from pathlib import Path\n"
+            "from cast_fast.files import whole_file\n"
+            "rename = os.replace\n"
+            "def die(*paths):\n"
+            f"    if {ends!r} != 'before its name': rename(*paths)\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "os.replace = die\n"
+            "with whole_file(Path(sys.argv[1])) as file:\n"
+            "    file.write(b'new' * 10000)\n"
+            f"    if {ends!r} == 'while it is written': os.kill(os.getpid(), signal.SIGKILL)\n"
+        )
+        command = [sys.executable, "-c", program, str(tmp_path / "a")]
+        assert subprocess.run(command, env=killed.environment()).returncode == -signal.SIGKILL
+        assert len(list(tmp_path.glob(".cast-fast-*.part"))) == parts
+        assert (tmp_path / "a").read_bytes() == (b"old" if parts else b"new" * 10000)
+        (tmp_path / "mine.part").write_text("somebody's")
+        remove_parts(tmp_path)
+        assert contents(tmp_path).keys() == {"a", "mine.part"}
+
+
+def test_parts_being_written_stay(tmp_path: Path) -> None:
+    with Results(tmp_path) as files, whole_file(tmp_path / "a") as file:
+        files.write("b", "b")
+        file.write(b"a")
+        remove_parts(tmp_path)
+        with Results(tmp_path) as more:
+            more.write("c", "c")
+    assert contents(tmp_path) == {"a": b"a", "b": b"b", "c": b"c"}
+
+
+def test_results_of_a_killed_call_are_cleared_by_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "from cast_fast.files import Results\n"
+        "with Results(Path(sys.argv[1])) as files:\n"
+        "    files.write('model/weights', bytes(1000))\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    assert subprocess.run(command, env=killed.environment()).returncode == -signal.SIGKILL
+    assert [path.stat().st_size for path in tmp_path.rglob("weights")] == [1000]
+    with Results(tmp_path) as files:
+        files.write("table.csv", "1")
+    assert contents(tmp_path) == {"table.csv": b"1"}
+
+
+def test_results_that_cannot_all_move_do_not_move_at_all(tmp_path: Path) -> None:
+    (tmp_path / "b").mkdir()
+    (tmp_path / "c").write_text("a file, where a folder comes")
+    for name in ("b", "c/d"):
+
+        def write(name: str = name) -> None:
+            with Results(tmp_path) as files:
+                files.write("a", "new")
+                files.write(name, "new")
+
+        with pytest.raises(UserError, match="no result of this call is kept"):
+            write()
+        assert {path.name for path in tmp_path.iterdir()} == {"b", "c"}
+
+
+def test_a_long_name_can_be_written(tmp_path: Path) -> None:
+    write_whole(tmp_path / ("n" * 255), "content")
+    assert contents(tmp_path) == {"n" * 255: b"content"}
+
+
+def test_a_link_stays_one_and_a_pipe_is_written_to(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for target in ("there/old", "there/new"):
+        (tmp_path / "link").symlink_to(target)
+        (tmp_path / "there/old").write_text("old")
+        write_whole(tmp_path / "link", "content")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / target).read_text() == "content"
+        (tmp_path / "link").unlink()
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_whole(tmp_path / "pipe", "content")
+        assert os.read(reader, 100) == b"content" and (tmp_path / "pipe").is_fifo()
+    finally:
+        os.close(reader)
+
+
+def test_a_file_system_without_locks_costs_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "flock", none)
+    (tmp_path / ".cast-fast-0.part").write_text("whose?")
+    with claimed(tmp_path, "record.json", "test"):
+        write_whole(tmp_path / "record.json", "{}")
+    assert "Function not implemented" in caplog.text and "no other process writes there" in caplog.text
+    assert contents(tmp_path) == {".cast-fast-0.part": b"whose?", ".cast-fast.lock": b"", "record.json": b"{}"}
 
 
 def test_results_come_together(tmp_path: Path) -> None:
