@@ -150,7 +150,7 @@ def test_a_second_run_indexes_only_what_is_new(foreign: Path, tmp_path: Path, mo
     def forbidden(*_: object) -> None:
         raise AssertionError("nothing is left to decode")
 
-    monkeypatch.setattr("cast_fast.data.decode_check.start_child", forbidden)
+    monkeypatch.setattr("cast_fast.data.children.start_child", forbidden)
     assert index_shards(foreign, out, workers=1).kept == 2
 
 

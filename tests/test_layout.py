@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from cast_fast import cli
-from cast_fast.data import decode_check, layout
+from cast_fast.data import children, decode_check, layout
 from cast_fast.data.layout import EMPTY_MAP, Dataset, Fault, default_manifest, read_labels, scan, usable
 from cast_fast.errors import UserError
 
@@ -161,7 +161,7 @@ def no_decoder(monkeypatch: pytest.MonkeyPatch) -> None:
     def start(module: str) -> None:
         pytest.fail("a decoder was started")
 
-    monkeypatch.setattr(decode_check, "start_child", start)
+    monkeypatch.setattr(children, "start_child", start)
 
 
 @pytest.fixture(scope="module")
@@ -229,7 +229,7 @@ def test_a_second_scan_decodes_nothing(tmp_path: Path, no_decoder: None, monkeyp
     write(tmp_path, "text.jpg", b"text", PNG)
     write(tmp_path, "blank.jpg", JPEG, encoded(blob(value=0), "PNG"))
     with monkeypatch.context() as patch:
-        patch.setattr(decode_check, "start_child", real_start)
+        patch.setattr(children, "start_child", real_start)
         first = scan(images, saliency, workers=1)
     assert first.decoded == 10
     assert default_manifest(images, saliency).is_file()
@@ -238,7 +238,7 @@ def test_a_second_scan_decodes_nothing(tmp_path: Path, no_decoder: None, monkeyp
     assert second == first and second.fingerprint() == first.fingerprint()
 
 
-real_start = decode_check.start_child
+real_start = children.start_child
 
 
 def test_only_changed_files_are_decoded_again(tmp_path: Path) -> None:
@@ -324,7 +324,7 @@ def test_a_crashing_decoder_costs_one_file(tmp_path: Path, monkeypatch: pytest.M
     def start(module: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    monkeypatch.setattr(decode_check, "start_child", start)
+    monkeypatch.setattr(children, "start_child", start)
     dataset = scan(images, saliency, workers=1)
     assert kinds(dataset) == {"p1.jpg": "decoder-crash"}
     assert [sample.stem for sample in dataset.samples] == ["p0", "p2"]
@@ -337,7 +337,7 @@ def test_a_decoder_that_cannot_start_is_no_fault_of_a_file(tmp_path: Path, monke
         program = "raise SystemExit(3)"
         return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    monkeypatch.setattr(decode_check, "start_child", start)
+    monkeypatch.setattr(children, "start_child", start)
     with pytest.raises(RuntimeError, match="ended with code 3"):
         scan(images, saliency, workers=2)
 

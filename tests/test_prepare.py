@@ -15,16 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import killed
 import numpy as np
 import pytest
-from full_disk import full_disk
 from PIL import Image, ImageOps
 
 from cast_fast import cli
-from cast_fast.data import decode_check, pack_sample, prepare, shards
+from cast_fast.data import children, pack_sample, prepare, shards
 from cast_fast.data.pack_sample import PackRule, decode_stored, shrink_map, store_map, upright
 from cast_fast.data.prepare import Summary
 from cast_fast.errors import UserError
+from cast_fast.files import exclusive
 
 WIDTH, HEIGHT = 160, 120
 
@@ -344,18 +345,18 @@ def test_a_crashing_decoder_costs_one_sample(tmp_path: Path, monkeypatch: pytest
     write(tmp_path, {f"p{i}.jpg": (JPEG, PNG) for i in range(3)})
     program = (
         "import os\n"
-        "from cast_fast.data import decode_check, pack_sample\n"
+        "from cast_fast.data import children, pack_sample\n"
         "def answer(request, notes):\n"
         "    if request[0].endswith('p1.jpg'): os.abort()\n"
         "    return pack_sample._answer(request, notes)\n"
-        "decode_check.serve(answer)\n"
+        "children.serve(answer)\n"
     )
 
     def start(module: str) -> subprocess.Popen[bytes]:
         assert module == "cast_fast.data.pack_sample"
         return subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    monkeypatch.setattr(decode_check, "start_child", start)
+    monkeypatch.setattr(children, "start_child", start)
     summary = pack(tmp_path)
     assert [(fault.path.name, fault.kind) for fault in summary.rejects] == [("p1.jpg", "decoder-crash")]
     assert summary.samples == 2
@@ -396,12 +397,11 @@ def test_a_stopped_run_goes_on_with_the_shards_that_are_missing(
             pack(tmp_path, shard_samples=3)
     out = tmp_path / "out"
     assert sorted(path.name for path in out.iterdir()) == [
-        ".prepare.lock", "manifest.json", "shard-000000.idx", "shard-000000.json", "shard-000000.tar"
+        ".cast-fast.lock", "manifest.json", "shard-000000.idx", "shard-000000.json", "shard-000000.tar"
     ]  # fmt: skip
     with pytest.raises(UserError, match="unfinished: run the same"):
         shards.scan_shards(out)
     before = (out / "shard-000000.tar").stat().st_mtime_ns
-    (out / ".prepare-shard-000001.part").write_bytes(b"left by a killed run")
     summary = pack(tmp_path, shard_samples=3)
     assert (summary.kept, summary.shards, summary.samples) == (1, 3, 9)
     assert (out / "shard-000000.tar").stat().st_mtime_ns == before
@@ -455,10 +455,10 @@ def test_a_shard_that_is_being_replaced_has_no_index(tmp_path: Path, monkeypatch
     os.utime(images / "a.jpg", ns=(1, 1))
     whole = prepare.write_whole
 
-    def stopped(path: Path, content: bytes) -> None:
+    def stopped(path: Path, content: str, *, durable: bool) -> None:
         if path.suffix == ".idx":
             raise OSError(5, "Input/output error")
-        whole(path, content)
+        whole(path, content, durable=durable)
 
     with monkeypatch.context() as patch:
         patch.setattr(prepare, "write_whole", stopped)
@@ -466,14 +466,6 @@ def test_a_shard_that_is_being_replaced_has_no_index(tmp_path: Path, monkeypatch
             pack(tmp_path)
     assert not (tmp_path / "out" / "shard-000000.json").exists()
     assert pack(tmp_path).kept == 0
-
-
-def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path: Path) -> None:
-    prepare.write_whole(tmp_path / "a", b"old")
-    with full_disk(1000), pytest.raises(OSError, match="File too large"):
-        prepare.write_whole(tmp_path / "a", bytes(2000))
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert (tmp_path / "a").read_bytes() == b"old"
 
 
 def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
@@ -492,11 +484,72 @@ def test_other_settings_and_foreign_folders_are_refused(tmp_path: Path) -> None:
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path: Path) -> None:
+    images, saliency = write(tmp_path, {"a.jpg": (JPEG, PNG)})
+    out = tmp_path / "out"
+    pack(tmp_path)
+    before = contents(out)
+    command = [sys.executable, "-m", "cast_fast", "prepare", images, saliency, out]
+    with exclusive(out / ".cast-fast.lock", "this test"):
+        result = subprocess.run(command, capture_output=True, text=True, env=killed.environment())
+    assert result.returncode == 2
+    assert f"in use by another cast-fast prepare (process {os.getpid()} on " in result.stderr
+    assert contents(out) == before and json.loads((out / "manifest.json").read_text())["complete"]
+
+
+def test_a_killed_run_leaves_nothing_that_the_next_one_does_not_clear(tmp_path: Path) -> None:
+    """SIGKILL in place of each rename: of manifests, archives and indices."""
+    images, saliency = write(tmp_path, {f"p{i}.jpg": (encoded(photo(seed=i), "JPEG"), PNG) for i in range(4)})
+    pack(tmp_path, "whole", shard_samples=2)
+    whole = contents(tmp_path / "whole").keys()
+    kept = []
+    for number in range(1, 20):
+        out = tmp_path / f"out{number}"
+        command = ["prepare", images, saliency, out, "--shard-samples", "2", "--workers", "1"]
+        if not killed.killed_at_rename(number, *command):
+            break
+        assert [path.suffix for path in out.iterdir()].count(".part") == 1
+        kept.append(pack(tmp_path, out.name, shard_samples=2).kept)
+        assert contents(out).keys() == whole and shards.verify(out) == []
+        for name in whole - {".cast-fast.lock"}:
+            assert contents(out)[name] == contents(tmp_path / "whole")[name]
+    assert kept == [0, 0, 0, 0, 1, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda index: index["samples"][0].pop(),
+        lambda index: index["samples"][0][1].__setitem__(1, 10**9),
+        lambda index: index["samples"][0][1].__setitem__(1, 512.0),
+        lambda index: index["samples"][0].__setitem__(3, "no"),
+        lambda index: index["samples"][0].__setitem__(0, "../up"),
+        lambda index: index["samples"][0].__setitem__(4, 7),
+        lambda index: index.pop("changes"),
+        lambda index: index["changes"].__setitem__("cmyk", "many"),
+        lambda index: index["rejects"].append({}),
+        lambda index: index["rejects"].append({"path": "a", "kind": "b", "message": "c"}),
+        lambda index: index.__setitem__("version", 0),
+    ],
+    ids=["short-row", "outside", "fraction", "flag", "stem", "class", "none", "count", "reject", "part", "version"],
+)
+def test_a_damaged_index_is_not_taken_into_the_manifest(spoil: Any, tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": (JPEG, PNG)})
     pack(tmp_path)
-    settings = json.loads((tmp_path / "out/manifest.json").read_text())["settings"]
-    with prepare.claimed(tmp_path / "out", settings), pytest.raises(UserError, match="in use by another"):
-        pack(tmp_path)
+    path = tmp_path / "out" / "shard-000000.json"
+    whole = path.read_bytes()
+    index = json.loads(whole)
+    spoil(index)
+    path.write_text(json.dumps(index))
+    assert pack(tmp_path).kept == 0
+    assert path.read_bytes() == whole
+
+
+def test_there_are_no_more_shards_than_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, {f"p{i}.jpg": (JPEG, PNG) for i in range(3)})
+    monkeypatch.setattr(shards, "MOST", 2)
+    assert pack(tmp_path, shard_samples=2).shards == 2
+    with pytest.raises(UserError, match="got 3 shards, expected at most 2"):
+        pack(tmp_path, "other", shard_samples=1)
 
 
 @pytest.mark.parametrize(

@@ -128,6 +128,9 @@ def test_the_fingerprint_tells_packings_apart(scenes: Path, folder: Dataset) -> 
     assert scan_shards(scenes / "jpeg").fingerprint() == found["jpeg"]
 
 
+NO_SETTINGS = '{"version": 1, "complete": true, "settings": []}'
+
+
 def spoilt_index(folder: Path, change: Any) -> None:
     """Changes the first row of the first index, and the manifest's hash of it, as nobody but an attacker would."""
     path = folder / "shard-000000.json"
@@ -148,10 +151,13 @@ def spoilt_index(folder: Path, change: Any) -> None:
         (lambda row: row[2].__setitem__(2, -5), "out of range"),
         (lambda row: row[1].__setitem__(0, "exe"), "out of range"),
         (lambda row: row[1].__setitem__(3, 0), "has no size"),
+        (lambda row: row[1].__setitem__(1, 512.0), "not of whole numbers"),
+        (lambda row: row.__setitem__(3, "no"), "empty and class"),
+        (lambda row: row.__setitem__(4, 7), "empty and class"),
         (lambda row: row.pop(), "not enough values"),
         (lambda row: row[2].append(1), "argument"),
     ],
-    ids=["stem", "offset", "negative", "size", "suffix", "width", "short", "long"],
+    ids=["stem", "offset", "negative", "size", "suffix", "width", "fraction", "flag", "class", "short", "long"],
 )
 def test_an_index_that_points_elsewhere_is_refused(change: Any, words: str, scenes: Path, tmp_path: Path) -> None:
     folder = copied(scenes / "jpeg", tmp_path / "shards")
@@ -168,12 +174,13 @@ def test_an_index_that_points_elsewhere_is_refused(change: Any, words: str, scen
         (lambda f: (f / "manifest.json").write_text('{"version": 1, "complete": false}'), "is unfinished"),
         (lambda f: (f / "manifest.json").write_text('{"version": 9, "complete": true}'), "got version 9, expected 1"),
         (lambda f: (f / "manifest.json").write_text('{"version": 1, "complete": true}'), "manifest.json is damaged"),
+        (lambda f: (f / "manifest.json").write_text(NO_SETTINGS), "manifest.json is damaged: its settings are no"),
         (lambda f: (f / "shard-000001.tar").unlink(), "cannot read .*shard-000001.tar"),
         (lambda f: (f / "shard-000001.json").unlink(), "cannot read .*shard-000001.json"),
         (lambda f: (f / "shard-000001.tar").write_bytes(b"x" * 512), "shard-000001.tar is damaged: it has 512 bytes"),
         (lambda f: (f / "shard-000001.json").write_text("{}"), "content is not what the manifest says"),
     ],
-    ids=["none", "cut", "unfinished", "version", "empty", "shard", "index", "size", "hash"],
+    ids=["none", "cut", "unfinished", "version", "empty", "settings", "shard", "index", "size", "hash"],
 )
 def test_what_is_missing_or_damaged_is_named(spoil: Any, words: str, scenes: Path, tmp_path: Path) -> None:
     folder = copied(scenes / "jpeg", tmp_path / "shards")

@@ -1,8 +1,6 @@
-"""Does a file decode, and to what? A child process that answers one question after another.
+"""Does a file decode, and to what? Asked of a child process, ``python -m cast_fast.data.decode_check``.
 
-``python -m cast_fast.data.decode_check`` reads requests from stdin and writes replies to stdout, one JSON object a
-line. A process of its own for two reasons: libjpeg reports damaged data only as a line on stderr, which nobody else
-may share; and a decoder that crashes on a malicious file then takes no training job with it.
+It reads requests from stdin and writes replies to stdout, one JSON object a line; ``children`` says why.
 
 What is caught: files that are no pictures, truncation, wrong checksums in PNG, and every damage to a JPEG that makes
 libjpeg lose its place ("Corrupt JPEG data"). What cannot be caught: damage after which a JPEG is still a valid stream.
@@ -12,28 +10,27 @@ with 512 zeros, 86 with 64 random bytes, 22 with one flipped bit, and nothing wr
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
 import re
-import signal
-import subprocess
-import sys
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, TypeVar
+from typing import Any, NamedTuple, TypedDict
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-T = TypeVar("T")
+from cast_fast.data.children import Child, ChildCrash, serve
 
+MODULE = "cast_fast.data.decode_check"
 MAX_PIXELS = 100_000_000
 """Larger pictures are refused by their header, before anything is decoded."""
+
+_MAX_BYTES = 2**29
 
 _EXIF_ORIENTATION = 0x0112
 _JPEG_DAMAGE = re.compile(r"(Corrupt JPEG data: .*|Premature end of JPEG.*)")
@@ -234,15 +231,27 @@ def check_stored_map(data: bytes, suffix: str, notes: int) -> Reply:
     return Reply(width=width, height=height, orientation=1, peak=int(values.max()), kind="", message="")
 
 
+def read_file(path: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Content of a file, or ``size`` bytes of it from ``offset`` on.
+
+    Raises:
+        DecodeFault: it is larger than any picture, or ends early.
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        content = file.read(_MAX_BYTES + 1 if size is None else min(size, _MAX_BYTES + 1))
+    if len(content) > _MAX_BYTES:
+        raise DecodeFault("too-large", f"has more than {_MAX_BYTES} bytes")
+    if size is not None and len(content) != size:
+        raise DecodeFault("undecodable", "is cut off: the shard ends inside it")
+    return content
+
+
 def _answer(request: Sequence[Any], notes: int) -> Reply:
     kind, path, *place = request
     try:
-        with open(path, "rb") as file:
-            if place:
-                file.seek(place[0])
-            data = file.read(*place[1:])
-        if place and len(data) != place[1]:
-            raise DecodeFault("undecodable", "is cut off: the shard ends inside it")
+        data = read_file(path, *place)
         if kind == "image":
             return check_image(data, notes)
         return check_map(data) if kind == "map" else check_stored_map(data, kind.removeprefix("map-"), notes)
@@ -255,89 +264,13 @@ def _answer(request: Sequence[Any], notes: int) -> Reply:
     return Reply(width=0, height=0, orientation=1, peak=0, kind=found[0], message=found[1])
 
 
-def start_child(module: str) -> subprocess.Popen[bytes]:
-    """Starts ``python -m MODULE``, which is to call `serve`, with pipes for its requests and answers."""
-    # The child must find this package where the parent found it, installed or not.
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
-    )
-
-
-class ChildCrash(Exception):
-    """A child process ended while it worked on a request, with this exit code; minus a signal's number."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(f"code {code}")
-        self.code = code
-
-
-class Child:
-    """``python -m MODULE`` as a helper for one request at a time; started when first used, and again after a crash."""
-
-    def __init__(self, module: str) -> None:
-        self._module = module
-        self._process: subprocess.Popen[bytes] | None = None
-        self._answered = False
-
-    def ask(self, request: Any, read: Callable[[bytes, Callable[[int], bytes]], T]) -> T:
-        """Sends a JSON value and returns what ``read`` makes of the answer's first line and, by its length, the rest.
-
-        Raises:
-            ChildCrash: the process ended over this request; the next one gets a new process.
-            RuntimeError: it ended before it answered at all, which no file explains.
-        """
-        if self._process is None:
-            self._process = start_child(self._module)
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(json.dumps(request).encode() + b"\n")
-            process.stdin.flush()
-            line = process.stdout.readline()
-            if line.endswith(b"\n"):
-                self._answered = True
-                return read(line, process.stdout.read)
-        except (BrokenPipeError, EOFError):
-            pass
-        code = process.wait()
-        self.close()
-        if not self._answered:
-            raise RuntimeError(f"the process of {self._module} ended with code {code} before its first answer")
-        raise ChildCrash(code)
-
-    def close(self) -> None:
-        """Ends the process."""
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for pipe in (self._process.stdin, self._process.stdout):
-                if pipe is not None:
-                    with contextlib.suppress(BrokenPipeError):  # closing writes what a dead reader left over
-                        pipe.close()
-            self._process = None
-
-
-def serve(answer: Callable[[Any, int], bytes]) -> None:
-    """Answers requests, one JSON value a line, until stdin ends.
-
-    Args:
-        answer: from a request and the descriptor of the file that receives the process's stderr to the bytes of the
-            answer.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides, by closing stdin
-    cv2.setNumThreads(1)
-    Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked instead, without a warning in between
-    notes = os.memfd_create("decoder-notes")
-    with os.fdopen(os.dup(1), "wb", buffering=0) as replies:
-        os.dup2(notes, 2)
-        os.dup2(notes, 1)
-        for line in sys.stdin.buffer:
-            unsent = memoryview(answer(json.loads(line), notes))
-            while unsent:  # an unbuffered write may be partial
-                unsent = unsent[replies.write(unsent) :]
+def check(child: Child, kind: str, path: Path, *place: int) -> Reply:
+    """What a child that runs this module says of a file, or of a part of it; see `main`."""
+    try:
+        return child.ask((kind, str(path), *place), lambda line, _: json.loads(line))
+    except ChildCrash as crash:
+        message = f"a decoder crashed on it ({crash})"
+        return Reply(width=0, height=0, orientation=1, peak=0, kind="decoder-crash", message=message)
 
 
 def main() -> None:

@@ -15,12 +15,10 @@ a map, the dataset is one of images alone. Other members are passed over.
 from __future__ import annotations
 
 import contextlib
-import datetime
 import hashlib
+import itertools
 import json
 import logging
-import os
-import queue
 import tarfile
 from collections import Counter
 from dataclasses import dataclass, field
@@ -28,12 +26,23 @@ from pathlib import Path
 from typing import Any
 
 from cast_fast import __version__
-from cast_fast.data import shards
-from cast_fast.data.decode_check import Child, ChildCrash, Reply, map_fits
-from cast_fast.data.layout import SALIENT_ABOVE, Fault, Member, shown
-from cast_fast.data.prepare import Summary, claimed, to_json, write_whole, writing
-from cast_fast.data.progress import ordered_map, show_progress
+from cast_fast.data import decode_check, shards
+from cast_fast.data.children import Child, in_children
+from cast_fast.data.decode_check import check, map_fits
+from cast_fast.data.layout import SALIENT_ABOVE, Fault, Member
+from cast_fast.data.progress import show_progress
+from cast_fast.data.shard_folder import (
+    Summary,
+    complete,
+    read_index,
+    record_of,
+    remove_surplus,
+    shard_names,
+    write_json,
+    writing,
+)
 from cast_fast.errors import UserError
+from cast_fast.files import shown
 
 _IMAGES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
 _MAPS = {"saliency.png": "png", "saliency.jpg": "jpg", "saliency.jpeg": "jpg", "saliency.npy": "npy"}
@@ -75,6 +84,7 @@ def index_shards(source: Path, out: Path, *, workers: int | None = None, progres
     tars = sorted(path for path in source.glob("*.tar") if path.is_file())
     if not tars:
         raise UserError(f"SHARDS: {shown(source)} holds no .tar file")
+    states = {tar: _state(tar) for tar in tars}  # before their content is read, so that a later change shows
     listed = {tar: list_samples(tar) for tar in tars}
     with_maps = any(found.maps for group in listed.values() for found in group)
     manifest: dict[str, Any] = {
@@ -85,64 +95,58 @@ def index_shards(source: Path, out: Path, *, workers: int | None = None, progres
         "source": {"shards": str(source)},
         "tools": {"cast_fast": __version__},
     }
-    with writing(out), claimed(out, manifest["settings"]):
-        write_whole(out / shards.MANIFEST, to_json(manifest))
-        return _fill(out, manifest, listed, with_maps, workers or len(os.sched_getaffinity(0)), progress)
+    with writing(out, manifest):
+        return _fill(out, manifest, listed, states, workers, progress)
 
 
 def _fill(
-    out: Path, manifest: dict[str, Any], listed: dict[Path, list[_Found]], with_maps: bool, workers: int, progress: bool
+    out: Path,
+    manifest: dict[str, Any],
+    listed: dict[Path, list[_Found]],
+    states: dict[Path, tuple[int, int]],
+    workers: int | None,
+    progress: bool,
 ) -> Summary:
+    with_maps = manifest["settings"]["maps"] is not None
     tars = list(listed)
     places: dict[str, Path] = {}
     duplicates: dict[Path, list[_Found]] = {}
     for tar, group in list(listed.items()):
         duplicates[tar] = [found for found in group if places.setdefault(found.key, tar) != tar]
         listed[tar] = [found for found in group if places[found.key] == tar]
-    names = {tar: f"shard-{number:06d}" for number, tar in enumerate(tars)}
-    plans = {tar: _plan(tar, with_maps, duplicates[tar]) for tar in tars}
-    todo = [tar for tar in tars if not _is_complete(out / f"{names[tar]}.json", plans[tar])]
+    names = dict(zip(tars, shard_names(len(tars))))
+    plans = {tar: _plan(tar, states[tar], with_maps, duplicates[tar]) for tar in tars}
+    todo = [tar for tar in tars if read_index(out, names[tar], plans[tar]) is None]
+    remove_surplus(out, list(names.values()))
     kept = len(tars) - len(todo)
     if kept:
         _log.info("%d of %d shards are indexed already", kept, len(tars))
-    jobs = [(tar, found) for tar in todo for found in listed[tar]]
-    free: queue.SimpleQueue[Child] = queue.SimpleQueue()
-    workers = max(1, min(workers, len(jobs)))
-    for _ in range(workers):
-        free.put(Child("cast_fast.data.decode_check"))
-
-    def work(job: tuple[Path, _Found]) -> list[Any] | Fault:
-        child = free.get()
-        try:
-            return _row(child, job[1], with_maps)
-        finally:
-            free.put(child)
-
-    try:
-        with contextlib.closing(ordered_map(work, jobs, workers)) as results:
-            stream = iter(show_progress(results, "Indexing", len(jobs), progress))
-            for tar in todo:
-                rows: list[Any] = []
-                faults = [
-                    Fault(
-                        found.images[0][1], "duplicate-stem", f"shares its key with one in {shown(places[found.key])}"
-                    )
-                    for found in duplicates[tar]
-                    if found.images
-                ]
-                for _ in listed[tar]:
-                    result = next(stream)
-                    if isinstance(result, Fault):
-                        faults.append(result)
-                    else:
-                        rows.append(result)
-                _write_index(out / f"{names[tar]}.json", tar, plans[tar], rows, faults)
-            for _ in stream:  # lets the bar reach its end
-                raise AssertionError("more results than samples")
-    finally:
-        for _ in range(workers):
-            free.get().close()
+    jobs = [found for tar in todo for found in listed[tar]]
+    rows_or_faults = in_children(decode_check.MODULE, lambda child, found: _row(child, found, with_maps), jobs, workers)
+    with contextlib.closing(rows_or_faults) as results:
+        stream = iter(show_progress(results, "Indexing", len(jobs), progress))
+        for tar in todo:
+            rows: list[Any] = []
+            faults = [
+                Fault(found.images[0][1], "duplicate-stem", f"shares its key with one in {shown(places[found.key])}")
+                for found in duplicates[tar]
+                if found.images
+            ]
+            for result in itertools.islice(stream, len(listed[tar])):
+                if isinstance(result, Fault):
+                    faults.append(result)
+                else:
+                    rows.append(result)
+            _write_index(out / f"{names[tar]}.json", tar, states[tar], plans[tar], rows, faults)
+        for _ in stream:  # lets the bar reach its end
+            raise AssertionError("more results than samples")
     return _finish(out, manifest, list(names.values()), kept)
+
+
+def _state(tar: Path) -> tuple[int, int]:
+    """Size and time of change."""
+    status = tar.stat()
+    return status.st_size, status.st_mtime_ns
 
 
 def list_samples(tar: Path) -> list[_Found]:
@@ -182,21 +186,24 @@ def _row(child: Child, found: _Found, with_maps: bool) -> list[Any] | Fault:
         return Fault(image, "unreadable", "its name is no path below a root")
     for several in (found.images, found.maps):
         if len(several) > 1:
-            return Fault(several[0][1], "duplicate-stem", f"shares its key with {several[1][1].name}")
+            return Fault(several[0][1], "duplicate-stem", f"shares its key with {shown(several[1][1].name)}")
     if with_maps and not found.maps:
         return Fault(image, "missing-map", "has no saliency map")
-    reply = _asked(child, "image", image)
+    reply = check(child, "image", image.shard, image.offset, image.size)
     if reply["kind"]:
         return Fault(image, reply["kind"], reply["message"])
     label = None
     if found.label is not None and found.label.size <= _LONGEST_CLASS:
-        label = found.label.read().decode("utf-8", "replace").strip() or None
+        try:
+            label = found.label.read().decode("utf-8", "replace").strip() or None
+        except OSError as error:
+            return Fault(found.label, "unreadable", f"cannot be read: {error.strerror or error}")
     width, height = reply["width"], reply["height"]
     entry = shards.Entry(suffix, image.offset, image.size, width, height)
     if not found.maps:
         return [found.key, entry, None, False, label]
     kind, saliency = found.maps[0]
-    seen = _asked(child, f"map-{kind}", saliency)
+    seen = check(child, f"map-{kind}", saliency.shard, saliency.offset, saliency.size)
     if seen["kind"]:
         return Fault(saliency, seen["kind"], seen["message"])
     if not map_fits(width, height, seen["width"], seen["height"]):
@@ -208,41 +215,29 @@ def _row(child: Child, found: _Found, with_maps: bool) -> list[Any] | Fault:
     return [found.key, entry, stored, seen["peak"] <= SALIENT_ABOVE, label]
 
 
-def _asked(child: Child, kind: str, member: Member) -> Reply:
-    try:
-        return child.ask((kind, str(member.shard), member.offset, member.size), lambda line, _: json.loads(line))
-    except ChildCrash as crash:
-        message = f"a decoder crashed on it ({crash})"
-        return Reply(width=0, height=0, orientation=1, peak=0, kind="decoder-crash", message=message)
-
-
-def _plan(tar: Path, with_maps: bool, duplicates: list[_Found]) -> str:
+def _plan(tar: Path, state: tuple[int, int], with_maps: bool, duplicates: list[_Found]) -> str:
     """A hash of what a shard's index depends on, as far as it can be told from the headers."""
-    status = tar.stat()
-    known = (shards.VERSION, tar.name, status.st_size, status.st_mtime_ns, with_maps, [f.key for f in duplicates])
+    known = (shards.VERSION, tar.name, *state, with_maps, [found.key for found in duplicates])
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
-def _is_complete(path: Path, plan: str) -> bool:
-    try:
-        return json.loads(path.read_bytes())["plan"] == plan
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return False
-
-
-def _write_index(path: Path, tar: Path, plan: str, rows: list[Any], faults: list[Fault]) -> None:
+def _write_index(
+    path: Path, tar: Path, state: tuple[int, int], plan: str, rows: list[Any], faults: list[Fault]
+) -> None:
     with tar.open("rb") as file:
         digest = shards.sha256_of(file)
+    if _state(tar) != state:
+        raise UserError(f"{shown(tar)} changed while it was indexed: run the same command again when it is whole")
     index = {
         "version": shards.VERSION,
         "plan": plan,
         "file": tar.name,
-        "bytes": tar.stat().st_size,
+        "bytes": state[0],
         "sha256": digest,
         "samples": rows,
         "rejects": [{"path": str(f.path), "kind": f.kind, "message": f.message} for f in faults],
     }
-    write_whole(path, to_json(index))
+    write_json(path, index)
 
 
 def _finish(out: Path, manifest: dict[str, Any], names: list[str], kept: int) -> Summary:
@@ -251,10 +246,8 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], kept: int) ->
     rejects: list[dict[str, str]] = []
     rows: list[Any] = []
     for name in names:
-        content = (out / f"{name}.json").read_bytes()
-        index = json.loads(content)
-        record = {"name": name, "file": index["file"], "samples": len(index["samples"]), "bytes": index["bytes"]}
-        records.append(record | {"sha256": index["sha256"], "index_sha256": hashlib.sha256(content).hexdigest()})
+        index, record = record_of(name, (out / f"{name}.json").read_bytes())
+        records.append(record | {"file": index["file"]})
         rejects += index["rejects"]
         rows += index["samples"]
     faults = tuple(Fault(Path(reject["path"]), reject["kind"], reject["message"]) for reject in rejects)
@@ -269,9 +262,8 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], kept: int) ->
         "rejected": dict(sorted(Counter(fault.kind for fault in faults).items())),
         "empty_maps": sum(row[3] for row in rows),
     }
-    manifest["rejects"], manifest["shards"], manifest["complete"] = rejects, records, True
-    manifest["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_whole(out / shards.MANIFEST, to_json(manifest))
+    manifest["rejects"], manifest["shards"] = rejects, records
+    complete(out, manifest)
     return Summary(
         out=out,
         samples=len(rows),

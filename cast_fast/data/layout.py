@@ -21,19 +21,19 @@ import hashlib
 import json
 import logging
 import os
-import queue
 import stat
-import threading
 from collections import Counter
 from collections.abc import Generator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cast_fast.data.decode_check import Child, ChildCrash, Reply, map_fits
+from cast_fast.data import decode_check
+from cast_fast.data.children import in_children
+from cast_fast.data.decode_check import Reply, check, map_fits
 from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
-from cast_fast.files import write_whole
+from cast_fast.files import remove_parts, shown, write_whole
 
 HELP = "decode every image and map of a dataset and list the faults"
 
@@ -147,12 +147,6 @@ class Dataset:
         return tuple(Fault(s.saliency or s.image, EMPTY_MAP, message) for s in self.samples if s.empty)
 
 
-def shown(path: Path | Member | str) -> str:
-    """A path as text for one line: as it is when printable, else with escapes."""
-    text = str(path)
-    return text if text.isprintable() else ascii(text)
-
-
 class FoundFile(NamedTuple):
     """A file of a folder dataset."""
 
@@ -224,49 +218,9 @@ def _stat(root: Path, name: str) -> FoundFile | Fault:
     return FoundFile(path, name, status.st_size, status.st_mtime_ns)
 
 
-def _checked(child: Child, kind: str, path: Path) -> Reply:
-    try:
-        return child.ask((kind, str(path)), lambda line, _: json.loads(line))
-    except ChildCrash as crash:
-        message = f"a decoder crashed on it ({crash})"
-        return Reply(width=0, height=0, orientation=1, peak=0, kind="decoder-crash", message=message)
-
-
-def _decode(jobs: list[tuple[str, FoundFile]], workers: int) -> Generator[tuple[int, Reply], None, None]:
-    """Checks files in ``workers`` child processes, each driven by a thread; yields (job number, reply) as they come."""
-    results: queue.SimpleQueue[tuple[int, Reply] | BaseException] = queue.SimpleQueue()
-    pending = iter(range(len(jobs)))
-    lock = threading.Lock()
-    stopped = threading.Event()
-
-    def drive() -> None:
-        child = Child("cast_fast.data.decode_check")
-        try:
-            while not stopped.is_set():
-                with lock:
-                    number = next(pending, None)
-                if number is None:
-                    return
-                kind, file = jobs[number]
-                results.put((number, _checked(child, kind, file.path)))
-        except BaseException as error:  # handed to the caller's thread, which raises it
-            results.put(error)
-        finally:
-            child.close()
-
-    threads = [threading.Thread(target=drive, daemon=True) for _ in range(min(workers, len(jobs)))]
-    for thread in threads:
-        thread.start()
-    try:
-        for _ in jobs:
-            result = results.get()
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-    finally:
-        stopped.set()
-        for thread in threads:
-            thread.join()
+def _decode(jobs: list[tuple[str, FoundFile]], workers: int | None) -> Generator[Reply, None, None]:
+    """What the decoder says of files, in their order."""
+    return in_children(decode_check.MODULE, lambda child, job: check(child, job[0], job[1].path), jobs, workers)
 
 
 def default_manifest(images: Path, saliency: Path | None) -> Path:
@@ -313,14 +267,11 @@ def _write_manifest(path: Path, roots: list[str | None], known: _Known) -> None:
     for kind, entries in known.items():
         rows = sorted(entries.items())
         record[kind] = {name: [size, mtime_ns, *reply.values()] for name, (size, mtime_ns, reply) in rows}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(record, separators=(",", ":")))
-        os.replace(temporary, path)
+        remove_parts(path.parent)
+        write_whole(path, json.dumps(record, separators=(",", ":")))
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         _log.warning("manifest %s cannot be written, the next scan decodes again: %s", shown(path), error)
 
 
@@ -439,13 +390,11 @@ def scan(
             else:
                 jobs.append((kind, file))
     if jobs:
-        count = workers or len(os.sched_getaffinity(0))
         total = len(jobs) + sum(map(len, current.values()))
         _log.info("decoding %d files of %d", len(jobs), total)
         try:
-            with contextlib.closing(_decode(jobs, count)) as replies:
-                for number, reply in show_progress(replies, "Checking files", len(jobs), progress):
-                    kind, file = jobs[number]
+            with contextlib.closing(_decode(jobs, workers)) as replies:
+                for (kind, file), reply in zip(jobs, show_progress(replies, "Checking files", len(jobs), progress)):
                     current[kind][file.name] = (file.size, file.mtime_ns, reply)
         finally:  # an interrupted scan goes on where it stopped
             whole = sum(map(len, current.values())) == total

@@ -26,14 +26,23 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from cast_fast.data.decode_check import Decoded, DecodeFault, decode_image, decode_map, map_fits, serve, to_eight_bits
+from cast_fast.data.children import Child, ChildCrash, serve
+from cast_fast.data.decode_check import (
+    Decoded,
+    DecodeFault,
+    decode_image,
+    decode_map,
+    map_fits,
+    read_file,
+    to_eight_bits,
+)
 from cast_fast.data.saliency_crop import THRESHOLD
 
+MODULE = "cast_fast.data.pack_sample"
 MAP_FORMATS = {"jpeg": "jpg", "npy": "npy", "png": "png"}
 """Suffix of each format: grey JPEG, raw bytes behind NumPy's header, grey PNG."""
 MAP_QUALITY = 90
 
-_MAX_BYTES = 2**29
 _CONVERTED_QUALITY = 95
 _SURE = THRESHOLD + 32
 """A stored map must reach this somewhere, so that no decoder's rounding makes a small object vanish."""
@@ -249,18 +258,21 @@ def decode_stored(content: bytes, suffix: str) -> NDArray[np.uint8]:
         return np.asarray(picture.convert("L"))
 
 
-def request(image: str, saliency: str | None, rule: PackRule) -> tuple[str, str | None, dict[str, Any]]:
-    """What asks the process for a sample, by the paths of its files."""
-    return image, saliency, asdict(rule)
+def pack_by(child: Child, image: str, saliency: str | None, rule: PackRule) -> Packed | SampleFault:
+    """What a child that runs this module makes of a sample, by the paths of its files."""
+    try:
+        return child.ask((image, saliency, asdict(rule)), _read_answer)
+    except ChildCrash as crash:
+        return SampleFault("image", "decoder-crash", f"a decoder crashed on it or on its map ({crash})")
 
 
 def _answer(asked: Any, notes: int) -> bytes:
     image, saliency, rule = asked
     part = "image"
     try:
-        content = _read(image)
+        content = read_file(image)
         part = "map"
-        packed = pack(content, None if saliency is None else _read(saliency), PackRule(**rule), notes)
+        packed = pack(content, None if saliency is None else read_file(saliency), PackRule(**rule), notes)
     except SampleFault as fault:
         return _refusal(fault.part, fault.kind, str(fault))
     except OSError as error:
@@ -282,19 +294,11 @@ def _answer(asked: Any, notes: int) -> bytes:
     return json.dumps(header).encode() + b"\n" + packed.image + maps
 
 
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        content = file.read(_MAX_BYTES + 1)
-    if len(content) > _MAX_BYTES:
-        raise DecodeFault("too-large", f"has more than {_MAX_BYTES} bytes")
-    return content
-
-
 def _refusal(part: str, kind: str, message: str) -> bytes:
     return json.dumps({"part": part, "kind": kind, "message": message}).encode() + b"\n"
 
 
-def read_answer(line: bytes, read: Callable[[int], bytes]) -> Packed | SampleFault:
+def _read_answer(line: bytes, read: Callable[[int], bytes]) -> Packed | SampleFault:
     """An answer of the process from its line and what follows; ``read(n)`` gives the next n bytes.
 
     Raises:

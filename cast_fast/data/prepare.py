@@ -15,20 +15,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
-import errno
-import fcntl
 import hashlib
 import itertools
 import json
 import logging
 import os
 import platform
-import queue
 import tarfile
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,12 +33,24 @@ import numpy as np
 import PIL
 
 from cast_fast import __version__
-from cast_fast.data import shards
-from cast_fast.data.decode_check import Child, ChildCrash
-from cast_fast.data.layout import Fault, Pair, find_pairs, read_labels, shown
-from cast_fast.data.pack_sample import MAP_FORMATS, MAP_QUALITY, Packed, PackRule, SampleFault, read_answer, request
-from cast_fast.data.progress import ordered_map, show_progress
+from cast_fast.data import pack_sample, shards
+from cast_fast.data.children import Child, in_children
+from cast_fast.data.index_shards import index_shards
+from cast_fast.data.layout import Fault, Pair, find_pairs, read_labels
+from cast_fast.data.pack_sample import MAP_FORMATS, MAP_QUALITY, Packed, PackRule, SampleFault, pack_by
+from cast_fast.data.progress import show_progress
+from cast_fast.data.shard_folder import (
+    Summary,
+    complete,
+    read_index,
+    record_of,
+    remove_surplus,
+    shard_names,
+    write_json,
+    writing,
+)
 from cast_fast.errors import UserError
+from cast_fast.files import shown, whole_file, write_whole
 
 HELP = "pack images and maps into WebDataset shards"
 
@@ -52,23 +60,6 @@ SOURCE_FILE = "saliency.json"
 
 _BLOCK = 512
 _log = logging.getLogger("cast_fast")
-
-
-@dataclass(frozen=True)
-class Summary:
-    """What a run of `prepare` left in the folder."""
-
-    out: Path
-    samples: int
-    shards: int
-    bytes: int
-    kept: int
-    """Shards that an earlier run had completed."""
-    empty: int
-    """Samples whose map holds no salient pixel."""
-    changes: dict[str, int]
-    """Samples by what was converted, see ``pack_sample.Packed``."""
-    rejects: tuple[Fault, ...]
 
 
 def prepare(
@@ -130,21 +121,8 @@ def prepare(
             "pillow": PIL.__version__,
         },
     }
-    with writing(out), claimed(out, settings):
-        write_whole(out / shards.MANIFEST, to_json(manifest))
+    with writing(out, manifest):
         return _fill(out, manifest, pairs, faults, classes or {}, rule, workers, progress)
-
-
-@contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """Turns failures of writing below ``out`` into a line for the user."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            reason = "no space left; the shards that are complete stay, run the same command again to go on"
-            raise UserError(f"cannot write to {shown(out)}: {reason}") from error
-        raise UserError(f"cannot write {shown(error.filename or out)}: {error.strerror or error}") from error
 
 
 def _map_source(saliency: Path) -> dict[str, Any]:
@@ -163,39 +141,6 @@ def _map_source(saliency: Path) -> dict[str, Any]:
     return source
 
 
-@contextlib.contextmanager
-def claimed(out: Path, settings: dict[str, Any]) -> Iterator[None]:
-    """Holds the folder for this process; removes what a killed run left half-written."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{shown(out)} is not a folder")
-    out.mkdir(parents=True, exist_ok=True)
-    known = out / shards.MANIFEST
-    if not known.exists() and any(not name.startswith(".prepare") for name in os.listdir(out)):
-        raise UserError(f"{shown(out)} is not empty and has no {shards.MANIFEST}: expected a new folder")
-    with (out / ".prepare.lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{shown(out)} is in use by another cast-fast prepare") from None
-        if known.exists():
-            _require_same_settings(known, settings)
-        for part in out.glob(".prepare-*.part"):
-            part.unlink()
-        yield
-
-
-def _require_same_settings(path: Path, settings: dict[str, Any]) -> None:
-    try:
-        earlier = json.loads(path.read_bytes())["settings"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{shown(path)} is damaged: delete the folder, or choose another one") from None
-    if earlier != settings:
-        raise UserError(
-            f"{shown(path.parent)} holds shards with other settings: {json.dumps(earlier)} then, "
-            f"{json.dumps(settings)} now; choose another folder, or delete it"
-        )
-
-
 def _fill(
     out: Path,
     manifest: dict[str, Any],
@@ -211,22 +156,22 @@ def _fill(
     size = manifest["settings"]["shard_samples"]
     groups = [pairs[start : start + size] for start in range(0, len(pairs), size)]
     plans = [_plan(group, rule, classes, manifest["classes"]) for group in groups]
-    names = [f"shard-{number:06d}" for number in range(len(groups))]
-    complete = [_is_complete(out, name, plan) for name, plan in zip(names, plans)]
-    _remove_surplus(out, set(names))
-    todo = [pair for group, done in zip(groups, complete) if not done for pair in group]
-    if any(complete):
-        _log.info("%d of %d shards are complete already", sum(complete), len(names))
-    with contextlib.closing(_packed(todo, rule, workers or len(os.sched_getaffinity(0)))) as results:
+    names = shard_names(len(groups))
+    done = [_is_complete(out, name, plan) for name, plan in zip(names, plans)]
+    remove_surplus(out, names)
+    todo = [pair for group, kept in zip(groups, done) if not kept for pair in group]
+    if any(done):
+        _log.info("%d of %d shards are complete already", sum(done), len(names))
+    with contextlib.closing(_packed(todo, rule, workers)) as results:
         stream = iter(show_progress(results, "Packing", len(todo), progress))
-        for number, (name, plan, group, done) in enumerate(zip(names, plans, groups, complete)):
-            if not done:
+        for number, (name, plan, group, kept) in enumerate(zip(names, plans, groups, done)):
+            if not kept:
                 labelled = [classes.get(pair.stem) for pair in group]
                 _write_shard(out, name, plan, group, labelled, numbers, itertools.islice(stream, len(group)))
                 _log.info("shard %d of %d is complete", number + 1, len(names))
         for _ in stream:  # lets the bar reach its end
             raise AssertionError("more results than samples")
-    return _finish(out, manifest, names, faults, sum(complete))
+    return _finish(out, manifest, names, faults, sum(done))
 
 
 def _plan(group: list[Pair], rule: PackRule, classes: dict[str, str], names: list[str] | None) -> str:
@@ -239,47 +184,26 @@ def _plan(group: list[Pair], rule: PackRule, classes: dict[str, str], names: lis
 
 
 def _is_complete(out: Path, name: str, plan: str) -> bool:
+    index = read_index(out, name, plan)
     try:
-        index = json.loads((out / f"{name}.json").read_bytes())
-        if index["plan"] != plan:
+        if index is None or not all(type(count) is int for count in index["changes"].values()):
+            return False
+        if not all(reject["part"] in ("image", "map") for reject in index["rejects"]):
             return False
         if not index["samples"]:
             return True
         return (out / f"{name}.idx").is_file() and (out / f"{name}.tar").stat().st_size == index["bytes"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, AttributeError, KeyError, TypeError):
         return False
 
 
-def _remove_surplus(out: Path, names: set[str]) -> None:
-    """Removes shards beyond the last one, left from a time when there were more images."""
-    for path in out.iterdir():
-        ours = shards.SHARD_NAME.fullmatch(path.stem) and path.suffix in (".tar", ".idx", ".json")
-        if ours and path.stem not in names:
-            path.unlink()
-
-
-def _packed(pairs: Sequence[Pair], rule: PackRule, workers: int) -> Generator[Packed | SampleFault, None, None]:
+def _packed(pairs: Sequence[Pair], rule: PackRule, workers: int | None) -> Generator[Packed | SampleFault, None, None]:
     """Results in the order of the pairs, made by ``workers`` processes."""
-    workers = max(1, min(workers, len(pairs)))
-    free: queue.SimpleQueue[Child] = queue.SimpleQueue()
-    for _ in range(workers):
-        free.put(Child("cast_fast.data.pack_sample"))
 
-    def work(pair: Pair) -> Packed | SampleFault:
-        child = free.get()
-        try:
-            maps = None if pair.saliency is None else str(pair.saliency.path)
-            return child.ask(request(str(pair.image.path), maps, rule), read_answer)
-        except ChildCrash as crash:
-            return SampleFault("image", "decoder-crash", f"a decoder crashed on it or on its map ({crash})")
-        finally:
-            free.put(child)
+    def work(child: Child, pair: Pair) -> Packed | SampleFault:
+        return pack_by(child, str(pair.image.path), None if pair.saliency is None else str(pair.saliency.path), rule)
 
-    try:
-        yield from ordered_map(work, pairs, workers)
-    finally:
-        for _ in range(workers):
-            free.get().close()
+    return in_children(pack_sample.MODULE, work, pairs, workers)
 
 
 class _TarWriter:
@@ -302,10 +226,8 @@ class _TarWriter:
         return offset
 
     def finish(self) -> str:
-        """Ends the archive, flushes it to the disk and returns its SHA-256."""
+        """Ends the archive and returns its SHA-256."""
         self._append(bytes(2 * _BLOCK))
-        self._file.flush()
-        os.fsync(self._file.fileno())
         return self._digest.hexdigest()
 
     def _append(self, content: bytes) -> None:
@@ -328,29 +250,24 @@ def _write_shard(
     lines: list[str] = []
     rejects: list[dict[str, str]] = []
     changes: Counter[str] = Counter()
-    part = out / f".prepare-{name}.part"
-    try:
-        with part.open("wb") as file:
-            writer = _TarWriter(file)
-            for pair, label, result in zip(group, labels, results, strict=True):
-                if isinstance(result, SampleFault):
-                    rejects.append(_reject(pair, result))
-                    continue
-                row, line = _add_sample(writer, pair.stem, label, numbers, result)
-                rows.append(row)
-                lines.append(line)
-                changes.update(result.changes)
-            digest = writer.finish()
-        tar = out / f"{name}.tar"
+    tar = out / f"{name}.tar"
+    with whole_file(tar, durable=True) as file:
+        writer = _TarWriter(file)
+        for pair, label, result in zip(group, labels, results, strict=True):
+            if isinstance(result, SampleFault):
+                rejects.append(_reject(pair, result))
+                continue
+            row, line = _add_sample(writer, pair.stem, label, numbers, result)
+            rows.append(row)
+            lines.append(line)
+            changes.update(result.changes)
+        digest = writer.finish()
         (out / f"{name}.json").unlink(missing_ok=True)  # from here on the shard counts as incomplete
-        if rows:
-            os.replace(part, tar)
-            write_whole(out / f"{name}.idx", (f"v1.2 {len(lines)}\n" + "".join(lines)).encode())
-        else:
-            tar.unlink(missing_ok=True)
-            (out / f"{name}.idx").unlink(missing_ok=True)
-    finally:
-        part.unlink(missing_ok=True)
+    if rows:
+        write_whole(out / f"{name}.idx", f"v1.2 {len(lines)}\n" + "".join(lines), durable=True)
+    else:
+        tar.unlink()
+        (out / f"{name}.idx").unlink(missing_ok=True)
     index = {
         "version": shards.VERSION,
         "plan": plan,
@@ -367,7 +284,7 @@ def _write_shard(
         "changes": dict(sorted(changes.items())),
         "rejects": rejects,
     }
-    write_whole(out / f"{name}.json", to_json(index))
+    write_json(out / f"{name}.json", index)
 
 
 def _add_sample(
@@ -403,10 +320,8 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], faults: list[
     rejects = list(faults)
     empty = 0
     for name in names:
-        content = (out / f"{name}.json").read_bytes()
-        index = json.loads(content)
-        record = {"name": name, "samples": len(index["samples"]), "bytes": index["bytes"], "sha256": index["sha256"]}
-        records.append(record | {"index_sha256": hashlib.sha256(content).hexdigest()})
+        index, record = record_of(name, (out / f"{name}.json").read_bytes())
+        records.append(record)
         changes.update(index["changes"])
         empty += sum(row[3] for row in index["samples"])
         for reject in index["rejects"]:
@@ -435,32 +350,8 @@ def _finish(out: Path, manifest: dict[str, Any], names: list[str], faults: list[
     manifest["shards"] = records
     if not samples:
         raise UserError(f"no sample could be packed, {len(rejects)} were rejected: for example {rejects[0]}")
-    manifest["complete"] = True
-    manifest["date"] = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    write_whole(out / shards.MANIFEST, to_json(manifest))
+    complete(out, manifest)
     return summary
-
-
-def to_json(content: Any) -> bytes:
-    return json.dumps(content, indent=1).encode() if "settings" in content else json.dumps(content).encode()
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all, and to the disk before it has its name."""
-    part = path.with_name(f".prepare-{path.name}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -488,8 +379,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _index_only(args: argparse.Namespace) -> Summary:
-    from cast_fast.data.index_shards import index_shards  # which uses what this module defines
-
     if args.saliency is not None or args.images_only or args.labels is not None or args.short_side:
         raise UserError("--index-only packs nothing: expected SHARDS INDEX --index-only, and perhaps --workers")
     return index_shards(args.images, args.out, workers=args.workers, progress=True)

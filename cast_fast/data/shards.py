@@ -35,6 +35,8 @@ from cast_fast.errors import UserError
 MANIFEST = "manifest.json"
 VERSION = 1
 """Of manifest and index; raised when their meaning changes."""
+MOST = 10**6
+"""Shards in a folder, by their names."""
 SHARD_NAME = re.compile(r"shard-\d{6}")
 IMAGE_SUFFIXES = ("jpg", "png")
 MAP_SUFFIXES = ("saliency.jpg", "saliency.npy", "saliency.png")
@@ -97,6 +99,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{shown(folder)} is unfinished: run the same cast-fast prepare again, it goes on where it stopped"
         )
+    if not isinstance(manifest.get("settings"), dict):
+        raise UserError(f"{shown(path)} is damaged: its settings are no JSON object")
     return manifest
 
 
@@ -199,13 +203,25 @@ def _samples(folder: Path, record: dict[str, Any], shard: Path) -> list[Sample]:
         content = path.read_bytes()
         if hashlib.sha256(content).hexdigest() != record["index_sha256"]:
             raise ValueError("its content is not what the manifest says")
-        return [_sample(shard, record["bytes"], row) for row in json.loads(content)["samples"]]
+        index = json.loads(content)
+        if index["bytes"] != record["bytes"]:
+            raise ValueError("it speaks of a shard of another size")
+        return samples_of(index, shard)
     except OSError as error:
         raise UserError(f"cannot read {shown(path)}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{shown(path)} is damaged: {error}; delete it and run the same cast-fast prepare again"
         ) from error
+
+
+def samples_of(index: dict[str, Any], shard: Path) -> list[Sample]:
+    """The samples of a shard by its index.
+
+    Raises:
+        ValueError, KeyError, TypeError: it is not made by ``prepare`` or ``index_shards``.
+    """
+    return [_sample(shard, index["bytes"], row) for row in index["samples"]]
 
 
 def _sample(shard: Path, shard_size: int, row: list[Any]) -> Sample:
@@ -214,10 +230,14 @@ def _sample(shard: Path, shard_size: int, row: list[Any]) -> Sample:
     for entry, suffixes in ((image, IMAGE_SUFFIXES), (saliency, MAP_SUFFIXES)):
         if entry is None:
             continue
+        if not all(type(number) is int for number in entry[1:]):
+            raise ValueError(f"the entry of {key} is not of whole numbers")
         if entry.suffix not in suffixes or not 0 <= entry.offset <= entry.offset + entry.size <= shard_size:
             raise ValueError(f"the entry of {key} is out of range")
         if min(entry.width, entry.height) < 1:
             raise ValueError(f"the entry of {key} has no size")
+    if type(empty) is not bool or not isinstance(label, (str, type(None))):
+        raise ValueError(f"the entry of {key} has {empty!a} and {label!a} where empty and class stand")
     map_member = None
     if saliency is not None:
         map_member = Member(shard, f"{key}.{saliency.suffix}", saliency.offset, saliency.size)
@@ -227,7 +247,7 @@ def _sample(shard: Path, shard_size: int, row: list[Any]) -> Sample:
         saliency=map_member,
         width=image.width,
         height=image.height,
-        empty=bool(empty),
+        empty=empty,
         label=label,
         map_shape=None if saliency is None else (saliency.height, saliency.width),
     )

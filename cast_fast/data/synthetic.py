@@ -17,27 +17,26 @@ On disk (contract (a) of folder pairs): ``OUT/images/NAME.jpg``, ``OUT/saliency/
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
-import multiprocessing
-import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from cast_fast.data.children import Child, ChildCrash, in_children, serve
 from cast_fast.data.progress import show_progress
 from cast_fast.data.synthetic_backgrounds import BACKGROUNDS, draw_background
 from cast_fast.data.synthetic_objects import CLASSES, Pose, Sprite, draw_object
 from cast_fast.data.synthetic_paint import Field, blur
 from cast_fast.errors import UserError
-from cast_fast.files import write_whole
+from cast_fast.files import claimed, remove_parts, shown, write_whole
 
 HELP = "write a dataset of made scenes with saliency maps and labels"
 
@@ -61,6 +60,8 @@ OWN_BACKGROUND: dict[str, str] = {
 }
 """The background family that goes with each class."""
 
+_MODULE = "cast_fast.data.synthetic"
+_RECORD = "demo.json"
 _FORMAT = 1
 _JPEG_QUALITY = 92
 _MIN_SIDE, _MAX_SIDE = 64, 4096
@@ -285,27 +286,59 @@ def _scene_paths(out: Path, index: int) -> tuple[Path, Path]:
     return out / "images" / f"{_stem(index)}.jpg", out / "saliency" / f"{_stem(index)}.png"
 
 
-def _write_scene(job: tuple[Path, int, int, float, tuple[int, int] | None]) -> None:
+def _is_drawn(path: Path) -> bool:
+    """Whether a file is there; an empty one is what a power failure may leave of it."""
+    try:
+        return path.stat().st_size > 0
+    except OSError:
+        return False
+
+
+class _Job(NamedTuple):
+    """A scene to draw; JSON-able."""
+
+    out: str
+    seed: int
+    index: int
+    correlation: float
+    size: tuple[int, int] | None
+
+
+def _write_scene(job: _Job) -> None:
     """Draws and writes one scene; the image comes last, so that an image on disk always has its map."""
-    out, seed, index, correlation, size = job
-    scene = make_scene(seed, index, correlation, size)
-    image, saliency = _scene_paths(out, index)
+    scene = make_scene(job.seed, job.index, job.correlation, job.size)
+    image, saliency = _scene_paths(Path(job.out), job.index)
     write_whole(saliency, _encoded(scene.saliency, "PNG", compress_level=6))
     write_whole(image, _encoded(scene.image, "JPEG", quality=_JPEG_QUALITY))
 
 
-def _one_thread() -> None:
-    cv2.setNumThreads(1)
+def _answer(request: Any, notes: int) -> bytes:
+    """For `serve`: writes a scene; the answer says what the system refused, null where nothing was."""
+    del notes
+    try:
+        _write_scene(_Job(*request))
+        refused = None
+    except OSError as error:
+        refused = error.errno, error.strerror or str(error), error.filename
+    return json.dumps(refused).encode() + b"\n"
 
 
-def _run(jobs: list[tuple[Path, int, int, float, tuple[int, int] | None]], workers: int) -> Iterator[None]:
+def _write_by(child: Child, job: _Job) -> None:
+    try:
+        refused = child.ask(job, lambda line, _: json.loads(line))
+    except ChildCrash as crash:
+        raise RuntimeError(
+            f"the process that drew scene {job.index} crashed ({crash}); --workers 1 says why"
+        ) from crash
+    if refused is not None:
+        raise OSError(*refused)
+
+
+def _run(jobs: list[_Job], workers: int | None) -> Generator[None, None, None]:
     if workers == 1 or len(jobs) < _FEW:
         yield from map(_write_scene, jobs)
-        return
-    # Not fork: the caller may hold CUDA, DALI or torch threads, which a forked child must not touch.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(jobs)), mp_context=context, initializer=_one_thread) as pool:
-        yield from pool.map(_write_scene, jobs, chunksize=4)
+    else:
+        yield from in_children(_MODULE, _write_by, jobs, workers)
 
 
 def write_dataset(
@@ -324,15 +357,14 @@ def write_dataset(
             may be fewer than ``count``: the rest is added).
         count: number of scenes, at least 1.
         seed, correlation, size: as in :func:`make_scene`.
-        workers: processes; None takes one for each CPU that this process may use. With more than one, the calling
-            script needs the usual ``if __name__ == "__main__"`` guard of :mod:`multiprocessing`.
+        workers: processes; None takes one for each CPU that this process may use.
         progress: show a progress bar.
 
     Returns:
         ``out``.
 
     Raises:
-        UserError: an argument is out of range, or ``out`` holds something else or cannot be written.
+        UserError: an argument is out of range, or ``out`` holds something else, is in use or cannot be written.
     """
     if count < 1:
         raise UserError(f"--count: got {count}, expected at least 1")
@@ -353,43 +385,45 @@ def write_dataset(
         "size": None if size is None else list(size),
     }
     try:
-        _claim(out, settings, count)
-        pending = [i for i in range(count) if not all(path.is_file() for path in _scene_paths(out, i))]
-        jobs = [(out, seed, index, correlation, size) for index in pending]
-        steps = _run(jobs, workers or len(os.sched_getaffinity(0)))
-        for _ in show_progress(steps, "Drawing scenes", len(jobs), progress):
-            pass
-        write_whole(out / "labels.csv", _labels(count, seed, correlation))
-        write_whole(out / "preview.jpg", _encoded(_preview(out, count), "JPEG", quality=85))
+        with claimed(out, _RECORD, "demo-data"):
+            _begin(out, settings, count)
+            pending = [i for i in range(count) if not all(map(_is_drawn, _scene_paths(out, i)))]
+            jobs = [_Job(str(out), seed, index, correlation, size) for index in pending]
+            with contextlib.closing(_run(jobs, workers)) as steps:
+                for _ in show_progress(steps, "Drawing scenes", len(jobs), progress):
+                    pass
+            write_whole(out / "labels.csv", _labels(count, seed, correlation))
+            write_whole(out / "preview.jpg", _encoded(_preview(out, count), "JPEG", quality=85))
     except OSError as error:
-        raise UserError(f"cannot write {error.filename or out}: {error.strerror or error}") from error
+        raise UserError(f"cannot write {shown(error.filename or out)}: {error.strerror or error}") from error
     return out
 
 
-def _claim(out: Path, settings: dict[str, object], count: int) -> None:
-    """Makes ``out`` ours, or raises UserError when it holds anything but scenes of these settings."""
-    record = out / "demo.json"
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file, expected a folder to write to")
-    if record.is_file():
+def _begin(out: Path, settings: dict[str, object], count: int) -> None:
+    """Writes the record and the folders, or raises UserError where ``out`` holds scenes of other settings or more."""
+    record = out / _RECORD
+    if record.exists():
         try:
-            found = json.loads(record.read_text())
-            written = int(found["count"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{record} is damaged ({error}); write to another folder") from error
+            found = json.loads(record.read_bytes())
+            if not isinstance(found, dict) or type(found["count"]) is not int:
+                raise ValueError("it names no count")
+        except (ValueError, KeyError, RecursionError) as error:
+            raise UserError(f"{shown(record)} is damaged ({error}); write to another folder") from error
         for key, wanted in settings.items():
             if found.get(key) != wanted:
                 raise UserError(
-                    f"{out} holds made scenes with {key} {found.get(key)}, expected {wanted}; write to another folder"
+                    f"{shown(out)} holds made scenes with {key} {found.get(key)}, expected {wanted}; write to another "
+                    "folder"
                 )
-        if written > count:
-            raise UserError(f"{out} already holds {written} scenes, got --count {count}; write to another folder")
-    elif out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} is not empty and holds no demo.json; write to another folder")
-    for folder in (out / "images", out / "saliency"):
-        folder.mkdir(parents=True, exist_ok=True)
+        if found["count"] > count:
+            raise UserError(
+                f"{shown(out)} already holds {found['count']} scenes, got --count {count}; write to another folder"
+            )
     names = {"classes": CLASSES, "backgrounds": BACKGROUNDS}
-    write_whole(record, json.dumps({**settings, "count": count, **names}, indent=2) + "\n")
+    write_whole(record, json.dumps({**settings, "count": count, **names}, indent=2) + "\n", durable=True)
+    for folder in (out / "images", out / "saliency"):
+        folder.mkdir(exist_ok=True)
+        remove_parts(folder)
 
 
 def _labels(count: int, seed: int, correlation: float) -> str:
@@ -451,5 +485,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Runs ``cast-fast demo-data``; returns the exit code."""
     out = write_dataset(args.out, args.count, args.seed, args.correlation, args.size, args.workers, progress=True)
-    print(f"{args.count} scenes: --images {out / 'images'} --saliency {out / 'saliency'}; see {out / 'preview.jpg'}")
+    images, saliency, preview = (shown(out / name) for name in ("images", "saliency", "preview.jpg"))
+    print(f"{args.count} scenes: --images {images} --saliency {saliency}; see {preview}")
     return 0
+
+
+if __name__ == "__main__":
+    serve(_answer)
