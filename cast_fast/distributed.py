@@ -463,15 +463,19 @@ def all_reduce_max(tensor: Tensor, name: str) -> Tensor:
     return tensor if world_size() == 1 else _all_reduce(tensor.detach(), name, True)
 
 
-def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str, group: Any = None) -> Tensor:
-    """Sends the first ``send[0]`` rows to the group's rank 0, the next to its rank 1, …; splits may be uneven.
+def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], name: str, first: int = 0) -> Tensor:
+    """Sends the first ``send[0]`` rows to rank ``first``, the next to the rank after it, …; splits may be uneven.
+
+    All ranks call it, also where runs of ranks exchange rows among themselves. A process group for each run would be a
+    second NCCL communicator, and those must not be used while another one has an operation on its way
+    (``torch.distributed.new_group``), such as the gathering of the queue.
 
     Args:
         rows: (sum(send), …) contiguous.
-        send: rows for each rank of the group.
-        receive: rows from each rank of the group.
+        send: rows for each rank of this rank's run.
+        receive: rows from each rank of this rank's run.
         name: for the record.
-        group: the ranks that take part, all by default.
+        first: the run's first rank.
 
     Returns:
         (sum(receive), …), in the order of the senders.
@@ -479,9 +483,10 @@ def all_to_all(rows: Tensor, send: Sequence[int], receive: Sequence[int], name: 
     if world_size() == 1:
         return rows
     result = rows.new_empty((sum(receive), *rows.shape[1:]))
-    others = len(rows) - send[dist.get_rank(group)]
+    before, after = [0] * first, [0] * (world_size() - first - len(send))
+    others = len(rows) - send[rank() - first]
     with RECORD.collective(name, others * rows[0].numel() * rows.element_size()):
-        dist.all_to_all_single(result, rows, list(receive), list(send), group=group)
+        dist.all_to_all_single(result, rows, [*before, *receive, *after], [*before, *send, *after])
     return result
 
 
@@ -529,23 +534,27 @@ def exchange_bytes(batch: int, queue_size: int, dim: int, world: int, element: i
     """Bytes that one rank sends in a step to compare its queries with a queue of which each rank holds a part.
 
     ``gather`` sends the rank's part of the queue to the others; ``reduce`` sends query and key of each sample, and
-    returns a sum, a count and a weighted sum of keys a sample.
+    returns a sum, a count and a weighted sum of keys a sample, all in float32.
 
     Args:
         batch: N, samples a rank.
         queue_size: K, over all ranks.
         dim: D.
         world: W, number of ranks.
-        element: bytes of a number.
+        element: bytes of a number in the queue.
     """
     return {
         "gather": (world - 1) * -(-queue_size // world) * dim * element,
-        "reduce": (world - 1) * batch * (2 * dim + dim + 2) * element,
+        "reduce": (world - 1) * batch * (2 * dim + dim + 2) * 4,
     }
 
 
-def choose_exchange(wanted: str, batch: int, queue_size: int, dim: int, world: int) -> str:
+def choose_exchange(wanted: str, batch: int, queue_size: int, dim: int, world: int, element: int = 4) -> str:
     """``wanted``, or for ``auto`` the exchange that sends fewer bytes (``gather`` where equal, as it is overlapped).
+
+    Args:
+        wanted: one of ``EXCHANGES``.
+        batch, queue_size, dim, world, element: as for ``exchange_bytes``.
 
     Raises:
         ValueError: unknown exchange.
@@ -554,7 +563,7 @@ def choose_exchange(wanted: str, batch: int, queue_size: int, dim: int, world: i
         raise ValueError(f"exchange: got {wanted!r}, expected one of {', '.join(EXCHANGES)}")
     if wanted != "auto":
         return wanted
-    return min((sent, name) for name, sent in exchange_bytes(batch, queue_size, dim, world).items())[1]
+    return min((sent, name) for name, sent in exchange_bytes(batch, queue_size, dim, world, element).items())[1]
 
 
 def subgroup_size(world: int, most: int = 32) -> int:

@@ -253,14 +253,16 @@ def _user() -> str:
 def _choices(where: Any) -> Iterator[Finding]:
     import logging
 
-    from cast_fast.step import resolve_precision
+    from cast_fast.step import resolve_precision, resolve_queue_dtype
     from cast_fast.train import use_kernels
 
     level = logging.getLogger("cast_fast").level
     logging.getLogger("cast_fast").setLevel(logging.ERROR)  # the choices are printed here, not logged
     try:
         dtype = str(resolve_precision("auto", where)).removeprefix("torch.")
-        losses = "fused Triton kernels" if use_kernels("auto", where) else "plain torch, fused by torch.compile"
+        kernels = use_kernels("auto", where)
+        losses = "fused Triton kernels" if kernels else "plain torch, fused by torch.compile"
+        queue = resolve_queue_dtype("auto", "auto", where, kernels)
     except UserError as error:
         yield Finding("a run here", FAULT, str(error))
         return
@@ -269,7 +271,7 @@ def _choices(where: Any) -> Iterator[Finding]:
     decode = "JPEGs on the GPU, maps and windows on the CPU" if where.type == "cuda" else "everything on the CPU"
     yield Finding("a run here", OK, f"trains on {where} in {dtype}; losses: {losses}; loader: {decode}")
     yield _batch_norm(where)
-    yield _exchange()
+    yield _exchange(queue)
 
 
 def _batch_norm(where: Any) -> Finding:
@@ -288,15 +290,16 @@ def _batch_norm(where: Any) -> Finding:
     return Finding("BatchNorm", OK, f"--batch-norm {default}, the default; {other}. {groups} (--batch-norm-groups)")
 
 
-def _exchange() -> Finding:
+def _exchange(queue: Any) -> Finding:
+    """What the ranks would send each other to share a queue of keys of the type ``queue``."""
     from cast_fast.distributed import choose_exchange, exchange_bytes
 
     default, ranks = PretrainConfig(), 8
-    sizes = (default.batch, default.queue_size, default.dim, ranks)
+    sizes = (default.batch, default.queue_size, default.dim, ranks, queue.itemsize)
     sent = " and ".join(f"{count / 1e6:.1f} MB by {name}" for name, count in exchange_bytes(*sizes).items())
     return Finding(
         "queue exchange",
         OK,
-        f"on {ranks} ranks of {default.batch} pairs and {default.queue_size:,} keys a step sends {sent}: "
-        f"--queue-exchange auto takes {choose_exchange('auto', *sizes)}",
+        f"on {ranks} ranks of {default.batch} pairs and {default.queue_size:,} keys in "
+        f"{str(queue).removeprefix('torch.')} a step sends {sent}: --queue-exchange auto takes {choose_exchange('auto', *sizes)}",
     )

@@ -24,7 +24,6 @@ import inspect
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -171,18 +170,14 @@ class ParallelLosses:
         self._parallel.register_comm_hook(
             COMPRESSIONS[settings.compression], lambda state, bucket: distributed.gradient_hook(state, bucket)
         )
-        self._group, self._members = None, world.size
-        if settings.key_bn == "shuffle":
-            self._members = distributed.subgroup_size(world.size)
-            if self._members < world.size:
-                self._group, _ = dist.new_subgroups(self._members)
+        self._members = distributed.subgroup_size(world.size)
+        self._first = world.rank // self._members * self._members
 
     def exchange(self, batch: int) -> str:
         """How the ranks compare N queries each with the queue: ``gather`` or ``reduce``."""
-        queue = self._model.queue
-        return distributed.choose_exchange(
-            self._settings.exchange, batch, len(queue), queue.keys.shape[1], self._settings.world.size
-        )
+        queue, settings = self._model.queue, self._settings
+        dim, element = queue.keys.shape[1], queue.keys.element_size()
+        return distributed.choose_exchange(settings.exchange, batch, len(queue), dim, settings.world.size, element)
 
     def __call__(self, batch: Batch, step: int) -> tuple[RankLosses, Tensor, Tensor]:
         """Takes the forward pass of one step.
@@ -222,12 +217,12 @@ class ParallelLosses:
         pixels = key.permute(0, 2, 3, 1)
         if key_mask is not None:
             pixels = torch.cat([pixels, key_mask[..., None]], dim=3)
-        there = distributed.all_to_all(pixels[order], plan.send, plan.receive, "key shuffle", self._group)
+        there = distributed.all_to_all(pixels[order], plan.send, plan.receive, "key shuffle", self._first)
         crops = there[..., :3].contiguous().permute(0, 3, 1, 2)
         masks = None if key_mask is None else there[..., 3].contiguous()
         keys, masked_key = self._embed_here(crops, masks, plan.groups)
         embeddings = keys if masked_key is None else torch.cat([keys, masked_key], dim=1)
-        back = distributed.all_to_all(embeddings, plan.receive, plan.send, "key return", self._group)
+        back = distributed.all_to_all(embeddings, plan.receive, plan.send, "key return", self._first)
         embeddings = torch.empty_like(back).index_copy_(0, order, back)
         if masked_key is None:
             return embeddings, None

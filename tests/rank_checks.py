@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch._dynamo
@@ -185,10 +186,12 @@ def trajectory(case: Case, world: World, reference_ranks: int = 0) -> dict[str, 
         key_norms = group_batch_norm(model.key) if case.key_bn != "sync" else []
     optimizer = build_optimizer(model.query.parameters(), LR)
     ranks = RankSettings(world, case.key_bn, case.query_bn, case.exchange, case.compression, seed=3, groups=case.groups)
-    original = distributed.subgroup_size
-    if case.members:
-        distributed.subgroup_size = lambda *_: case.members
-    try:
+    with contextlib.ExitStack() as stack:
+        if case.members:
+            stack.enter_context(mock.patch.object(distributed, "subgroup_size", return_value=case.members))
+        # With NCCL another group must not be used while the queue is being gathered.
+        refusal = AssertionError("the step has one process group")
+        stack.enter_context(mock.patch.object(dist.distributed_c10d, "new_group", side_effect=refusal))
         step = TrainStep(
             model,
             optimizer,
@@ -200,8 +203,6 @@ def trajectory(case: Case, world: World, reference_ranks: int = 0) -> dict[str, 
             clip_grad=0.5,
             ranks=ranks,
         )
-    finally:
-        distributed.subgroup_size = original
     metrics, bad, sums, unchanged, gradients = [], [], [], [], {}
     for number in range(STEPS):
         batch = global_batch(number, case.attention)
@@ -340,6 +341,16 @@ def traffic(world: World) -> dict[str, dict[str, int]]:
             RECORD.reset()
             step(part(global_batch(number), world), LR)
         found[exchange] = {**RECORD.sent}
+    # A queue that is worth sending where its numbers have two bytes.
+    found["exchange"] = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model = MoCo.from_encoder(tiny_encoder(DIM), DIM, 44, queue_dtype=dtype)
+        step = TrainStep(
+            model, build_optimizer(model.query.parameters(), LR), objective=Objective(), compile=False,
+            precision="fp32", ranks=RankSettings(world),
+        )  # fmt: skip
+        assert step._ranks is not None
+        found["exchange"][dtype] = step._ranks.exchange(GLOBAL_BATCH // world.size)
     plan = shuffle_plan(3, 1, GLOBAL_BATCH // world.size, world.rank, world.size)
     found["shuffle"] = {"rows": sum(plan.send) - plan.send[world.rank]}
     return found

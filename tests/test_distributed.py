@@ -184,6 +184,7 @@ def test_traffic_is_what_the_exchanges_promise(ranks: list[dict[str, Any]]) -> N
     pixels = (rank_checks.GRID * rank_checks.STRIDE) ** 2
     for results in ranks:
         sent = results["traffic"]
+        assert sent["exchange"] == {torch.float32: "reduce", torch.bfloat16: "gather"}
         assert sent["gather"]["queue"] == promised["gather"]
         assert "queue" not in sent["reduce"] and "queries" not in sent["gather"]
         assert sent["reduce"]["queries"] + sent["reduce"]["partial sums"] == promised["reduce"]
@@ -240,6 +241,12 @@ def test_exchange_by_counted_bytes() -> None:
     assert distributed.choose_exchange("auto", 256, 65536, 128, 8) == "reduce"
     assert distributed.choose_exchange("auto", 256, 4096, 128, 8) == "gather"
     assert distributed.choose_exchange("gather", 256, 65536, 128, 8) == "gather"
+    # Half as wide keys make half the traffic of the queue, and none of the float32 queries' and sums'.
+    assert distributed.exchange_bytes(256, 65536, 128, 8, 2) == {**counted, "gather": counted["gather"] // 2}
+    assert [distributed.choose_exchange("auto", 256, 65536, 128, 64, element) for element in (4, 2)] == [
+        "reduce",
+        "gather",
+    ]
     with pytest.raises(ValueError, match="exchange: got 'all'"):
         distributed.choose_exchange("all", 1, 1, 1, 1)
 
