@@ -8,18 +8,22 @@ import json
 import math
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from cast_fast import cli
+from cast_fast.data import dali_loader
+from cast_fast.data.saliency_crop import CropRule
 from cast_fast.encoder import build_trunk
 from cast_fast.errors import UserError
-from cast_fast.evaluate import features, figures, finetune, knn, linear_probe, pictures, probe, statistics
+from cast_fast.evaluate import backgrounds, features, figures, finetune, knn, linear_probe, pictures, probe, statistics
 from cast_fast.evaluate.weights import load_classifier, load_encoder
 from cast_fast.export import save_safetensors
 
@@ -229,6 +233,77 @@ def test_maps_in_foreign_shards_are_read_for_what_they_are_or_refused(tmp_path):
             opened.saliency(index)
     with pytest.raises(UserError, match=r"s\.tar: the image of flags cannot be decoded"):
         opened.image(1)
+
+
+def test_a_map_of_16_bits_is_salient_above_one_half(tmp_path):
+    values = np.array([[0, 200, 32639], [32897, 65535, 257 * 127]], np.uint16)
+    for suffix, content in (("png", Image.new("RGB", (3, 2))), ("saliency.png", Image.fromarray(values))):
+        content.save(tmp_path / f"a.{suffix}", "PNG")
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for suffix in ("png", "saliency.png"):
+            archive.add(tmp_path / f"a.{suffix}", f"a.{suffix}")
+    found = pictures.ShardPictures(tmp_path).saliency(0)
+    assert found is not None and np.array_equal(found > 127, [[False, False, False], [True, True, False]])
+
+
+def kinds_of_pictures() -> dict[str, bytes]:
+    """One picture as every kind of file that the loader reads, but not all of them as Pillow would show it."""
+    rows, columns = np.mgrid[0:24, 0:32]
+    colour = np.stack([8 * columns, 10 * rows, 255 - 8 * columns], axis=-1).astype(np.uint8)
+    picture, grey = Image.fromarray(colour), Image.fromarray((257 * (4 * columns + 5 * rows)).astype(np.uint16))
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    kinds: dict[str, tuple[Image.Image, str, dict]] = {
+        "plain.png": (picture, "PNG", {}),
+        "rgb.jpg": (picture, "JPEG", {}),
+        "progressive.jpg": (picture, "JPEG", {"progressive": True}),
+        "rotated.jpg": (picture, "JPEG", {"exif": rotated}),
+        "cmyk.jpg": (picture.convert("CMYK"), "JPEG", {}),
+        "grey.jpg": (picture.convert("L"), "JPEG", {}),
+        "grey16.png": (grey, "PNG", {}),
+        "palette.png": (picture.quantize(16), "PNG", {"transparency": 3}),
+        "bits.png": (picture.convert("1"), "PNG", {}),
+        "alpha.png": (Image.fromarray(np.dstack([colour, colour[..., 0]])), "PNG", {}),
+        "greyalpha.png": (picture.convert("LA"), "PNG", {}),
+    }
+    contents = {}
+    for name, (image, kind, options) in kinds.items():
+        file = io.BytesIO()
+        image.save(file, kind, **options)
+        contents[name] = file.getvalue()
+    return contents
+
+
+@pipeline_def(batch_size=1, num_threads=1, prefetch_queue_depth=1)
+def decoding() -> Any:
+    recipe = dali_loader.Recipe(
+        32, (1, 1), CropRule(), constrained=False, attention=False, colour=False, blur=False, cuda=False, native=False
+    )
+    return dali_loader.decoded_image(fn.external_source(name="content", dtype=types.UINT8, ndim=1), recipe)
+
+
+def test_pictures_are_what_the_loader_decodes(tmp_path):
+    define: Any = decoding
+    pipeline = define(device_id=None)
+    contents = kinds_of_pictures()
+    (tmp_path / "images").mkdir()
+    with tarfile.open(tmp_path / "s.tar", "w") as archive:
+        for name, content in contents.items():
+            (tmp_path / "images" / name).write_bytes(content)
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    folder = pictures.open_pictures(tmp_path / "images", None, None)
+    shards = pictures.open_pictures(None, None, tmp_path)
+    assert len(folder) == len(shards) == len(contents)
+    for opened in (folder, shards):
+        for index, stem in enumerate(opened.names):
+            name = next(name for name in contents if name.startswith(f"{stem}."))
+            (decoded,) = pipeline.run(content=[np.frombuffer(contents[name], np.uint8)])
+            found = np.asarray(opened.image(index)).astype(int)
+            # two builds of libjpeg may round differently
+            assert np.abs(found - np.array(decoded.as_tensor())[0]).max() <= 2, name
+            assert np.array_equal(found, backgrounds.read_image(tmp_path / "images" / name)), name
 
 
 # Sheets

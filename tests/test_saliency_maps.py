@@ -368,6 +368,18 @@ def test_an_opencv_without_contrib_modules_is_told(monkeypatch: pytest.MonkeyPat
 
 
 @contrib
+def test_16_bit_grey_is_seen_as_the_loader_sees_it(tmp_path: Path) -> None:
+    columns, rows = np.meshgrid(np.arange(160), np.arange(120))
+    shape = 60 + 180 * ((columns - 50) ** 2 + (rows - 60) ** 2 < 900) + columns % 7
+    (tmp_path / "images").mkdir()
+    Image.fromarray(shape.astype(np.uint8)).save(tmp_path / "images" / "shallow.png")
+    Image.fromarray((257 * shape).astype(np.uint16)).save(tmp_path / "images" / "deep.png")
+    summary = make_maps(tmp_path / "images", tmp_path / "maps", choose_method("spectral-residual"), workers=1)
+    deep, shallow = (np.asarray(Image.open(tmp_path / "maps" / f"{name}.png")) for name in ("deep", "shallow"))
+    assert summary.empty == 0 and np.array_equal(deep, shallow)
+
+
+@contrib
 def test_stored_pixels_count_not_the_viewers(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -42,6 +42,7 @@ from cast_fast.data.decode_check import MAX_PIXELS
 from cast_fast.data.layout import Fault, FoundFile, find_pairs, shown
 from cast_fast.data.prepare import SOURCE_FILE
 from cast_fast.data.progress import ordered_map, show_progress
+from cast_fast.data.rgb import to_rgb
 from cast_fast.errors import UserError
 from cast_fast.files import write_whole
 
@@ -431,7 +432,7 @@ def _read_rgb(path: Path) -> Pixels:
         with Image.open(path, formats=["JPEG", "PNG"]) as picture:
             if picture.width * picture.height > MAX_PIXELS:
                 raise NoMap(f"has {picture.width}x{picture.height} pixels, at most {MAX_PIXELS} are decoded")
-            return np.asarray(picture.convert("RGB"))
+            return np.asarray(to_rgb(picture))
     except NoMap:
         raise
     except Exception as error:  # decoders raise anything from struct.error to SyntaxError on foreign bytes

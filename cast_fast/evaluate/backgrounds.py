@@ -34,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from cast_fast.data.rgb import to_rgb
 from cast_fast.errors import UserError
 from cast_fast.evaluate import figures
 from cast_fast.evaluate.figures import Caption, Picture, Sheet, Swatch
@@ -139,7 +140,7 @@ def read_image(path: Path) -> Picture:
     """
     try:
         with Image.open(path) as opened:
-            return np.array(opened.convert("RGB"))
+            return np.array(to_rgb(opened))
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise UserError(f"{path}: cannot be decoded ({error})") from None
 

@@ -33,6 +33,7 @@ from rich.progress import track
 from cast_fast import checkpoint
 from cast_fast.data import layout, shards
 from cast_fast.data.pack_sample import decode_stored
+from cast_fast.data.rgb import to_grey, to_rgb
 from cast_fast.errors import UserError
 from cast_fast.evaluate.figures import Picture
 from cast_fast.files import write_fault
@@ -91,7 +92,7 @@ class FolderPictures:
     def image(self, index: int) -> Image.Image:
         """The picture in RGB."""
         with Image.open(io.BytesIO(layout.read_bytes(self.dataset.samples[index].image))) as opened:
-            return opened.convert("RGB")
+            return to_rgb(opened)
 
     def saliency(self, index: int) -> NDArray[np.uint8] | None:
         """Its map, or None."""
@@ -175,7 +176,7 @@ class ShardPictures:
         content = self._bytes(index, "jpg", "jpeg", "png")
         assert content is not None
         with self._decoding(index, "image"), Image.open(io.BytesIO(content)) as opened:
-            return opened.convert("RGB")
+            return to_rgb(opened)
 
     def saliency(self, index: int) -> NDArray[np.uint8] | None:
         """Its map, or None. Arrays may be bytes, booleans, or shares in [0, 1]; (h, w), or with a last axis of one."""
@@ -187,7 +188,7 @@ class ShardPictures:
         if content is None:
             return None
         with self._decoding(index, "map"), Image.open(io.BytesIO(content)) as opened:
-            return np.asarray(opened.convert("L"))
+            return np.asarray(to_grey(opened))
 
     @contextlib.contextmanager
     def _decoding(self, index: int, part: str) -> Iterator[None]:
