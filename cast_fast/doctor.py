@@ -301,5 +301,6 @@ def _exchange(queue: Any) -> Finding:
         "queue exchange",
         OK,
         f"on {ranks} ranks of {default.batch} pairs and {default.queue_size:,} keys in "
-        f"{str(queue).removeprefix('torch.')} a step sends {sent}: --queue-exchange auto takes {choose_exchange('auto', *sizes)}",
+        f"{str(queue).removeprefix('torch.')} a step sends {sent}: --queue-exchange auto takes "
+        f"{choose_exchange('auto', *sizes)}",
     )
