@@ -4,14 +4,35 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from cast_fast.data import layout
+from cast_fast.data.sampling import GlobalOrder
 from cast_fast.metrics import CsvLog, Reading
 
 logger = logging.getLogger("cast_fast")
 
 _NAMED_SAMPLES = 8
+
+
+def samples_of(order: GlobalOrder, step: int, bad: Sequence[float]) -> Tensor:
+    """Positions in the dataset of a step's suspects, (n,) int64, one rank after the other.
+
+    Args:
+        order: of all ranks together, as one process with their global batch would take them. An order a rank would be
+            as many permutations of the dataset: half a minute for 64 ranks and ImageNet.
+        step: steps done, the suspicious one included.
+        bad: (W,) for each rank, whether its own loss was not finite; if none was, the gradient was it, and the samples
+            of all ranks are meant.
+    """
+    index = order.at(step - 1)[0]
+    suspects = [rank for rank, flag in enumerate(bad) if flag] or range(len(bad))
+    return torch.from_numpy(np.concatenate([index[rank :: len(bad)] for rank in suspects]))
 
 
 class NonFinite:

@@ -60,7 +60,7 @@ from cast_fast.errors import UserError
 from cast_fast.files import write_whole
 from cast_fast.metrics import DELAY, STEP_SCALARS, Metrics, Reading
 from cast_fast.moco import MoCo
-from cast_fast.nonfinite import NonFinite
+from cast_fast.nonfinite import NonFinite, samples_of
 from cast_fast.objective import Objective
 from cast_fast.optim import cosine_lr
 from cast_fast.parallel import RankSettings
@@ -364,6 +364,8 @@ class _Trainer:
         self.saved_step: int | None = None
         self.fresh = not holds_run(self.run)
         self.fingerprint = dataset.fingerprint()
+        self.order = sampling.GlobalOrder(len(dataset.samples), config.seed, config.batch * world.size)
+        """The samples of all ranks together."""
         self.compiled = False
         self.saver = checkpoint.BackgroundSaver()
         self.rank_stopped = False
@@ -616,16 +618,9 @@ class _Trainer:
                 if self.last_good_step is not None:
                     continue
                 if not reading.finite:
-                    reading = dataclasses.replace(reading, index=self.samples_of(reading.step, bad))
+                    reading = dataclasses.replace(reading, index=samples_of(self.order, reading.step, bad))
             self.nonfinite.note(reading)
             display.reading(reading)
-
-    def samples_of(self, step: int, bad: list[float]) -> Tensor:
-        """The samples of a step on the ranks whose loss was not finite; of all ranks if it was the gradient."""
-        suspects = [rank for rank, flag in enumerate(bad) if flag] or range(len(bad))
-        length, config = len(self.dataset.samples), self.config
-        orders = [sampling.GlobalOrder(length, config.seed, config.batch, rank, self.world.size) for rank in suspects]
-        return torch.from_numpy(np.concatenate([order.at(step - 1)[0] for order in orders]))
 
     def report(self, signals: Signals, host: tuple[float, int | None, int | None]) -> Tensor:
         """What this rank adds to the sums over ranks: a signal, a failed loader (and whose), its fallback windows."""

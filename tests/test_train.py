@@ -19,15 +19,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_checkpoint import assert_equal_states
 
 from cast_fast import checkpoint, train
 from cast_fast.config import PretrainConfig
+from cast_fast.data import sampling
 from cast_fast.data.batch import Batch
+from cast_fast.data.sampling import GlobalOrder, epoch_order
 from cast_fast.data.synthetic import write_dataset
 from cast_fast.errors import UserError
+from cast_fast.nonfinite import samples_of
 from cast_fast.run_folder import batch_norm_groups
 from cast_fast.step import StepMetrics, TrainStep
 
@@ -442,6 +446,23 @@ def test_nonfinite_steps_are_counted_named_and_change_nothing(
     assert "step 3: loss" in caplog.text and named[0] in caplog.text
     with open(run / "metrics.csv", newline="") as handle:
         assert [row["finite"] for row in csv.DictReader(handle)] == ["1", "1", "0", "0", "1", "1"]
+
+
+def test_suspects_of_many_ranks_cost_one_permutation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dataset of a million pictures takes 0.4 s to permute: not once for each of many ranks."""
+    length, batch, ranks = 400, 3, 64
+    permuted = []
+    monkeypatch.setattr(
+        sampling, "epoch_order", lambda *arguments: permuted.append(arguments) or epoch_order(*arguments)
+    )
+    order = GlobalOrder(length, 5, batch * ranks)
+    for bad in ([0.0, 1.0, *[0.0] * 60, 1.0, 0.0], [0.0] * ranks):
+        found = samples_of(order, 4, bad)  # the last step but one of the second epoch
+        suspects = [rank for rank in range(ranks) if bad[rank]] or range(ranks)
+        assert len(permuted) == 1
+        own = [GlobalOrder(length, 5, batch, rank, ranks).at(3)[0] for rank in suspects]
+        assert found.tolist() == np.concatenate(own).tolist()
+        del permuted[1:]
 
 
 def test_too_many_nonfinite_steps_stop_with_the_last_good_state(
