@@ -10,7 +10,7 @@ A script in this folder reads::
     lines = {"eager": lambda: partial(eager, x), "fused": lambda: partial(fused, x)}
     shape = {"batch": 256, "channels": 2048}
 
-    def on_line(name: str, outcome: harness.Outcome) -> None:   # called the moment a line ends
+    def on_line(name: str, outcome: harness.Outcome) -> None:   # after a line's first turn, and when the line ends
         results.add(results.record("gradcam_cosine", name, outcome, dtype="bf16", shape=shape, bytes=nbytes))
 
     outcomes = harness.interleave(lines, device=device, repeats=20, on_line=on_line, on_sample=results.sample)
@@ -24,17 +24,19 @@ The pieces:
 ``environment(device)``
     Device name, versions, git commit (``-dirty`` when tracked files differ), date in UTC.
 ``interleave(lines, device=…, repeats=…, warmup=…, calls=…, settle=…, prepare=…, deadline=…, …)``
-    Builds and warms up each line and measures its first turn at once, so that a run that is cut off while a later line
+    Builds and warms up each line and measures a first turn at once, so that a run that is cut off while a later line
     compiles keeps what it has; then round by round (A B C, A B C, …), so that a drift of the clock or a neighbour's
-    load falls on all lines alike. CUDA events on a GPU, ``time.perf_counter`` on a CPU. A line that raises becomes a
-    ``Failure`` with its reason and the others go on.
+    load falls on all lines alike. A line that took part in a round is judged by its rounds alone. CUDA events on a
+    GPU, ``time.perf_counter`` on a CPU. A line that raises becomes a ``Failure`` with its reason and the others go on.
 ``Measurement`` / ``Failure``
-    A line's outcome: seconds of every call and peak memory, or the reason why there are none.
+    A line's outcome: seconds of every call, the rounds they are from and peak memory, or the reason why there are none.
+``speed_ratio(first, second)``
+    How many times as fast one line is as another, by the rounds that both took.
 ``Record``
-    One JSON line with the fields of the project's contract. ``value``, ``p20``, ``p50`` and ``p80`` are in ``unit``;
-    ``value`` is the median. For a rate ``p20`` is the slower end.
+    One JSON line with the fields of the project's contract, and ``rounds``. ``value``, ``p20``, ``p50`` and ``p80`` are
+    in ``unit``; ``value`` is the median. For a rate ``p20`` is the slower end.
 ``Results``
-    Appends records to ``results.jsonl`` at once (flushed and synced), raw seconds to ``samples.jsonl``. ``keep()``
+    Writes records to ``results.jsonl`` at once (flushed and synced), raw seconds to ``samples.jsonl``. ``keep()``
     appends a run's records to ``benchmarks/results/DEVICE/DATE_SHA.jsonl``.
 ``print_table`` / ``bar_chart`` / ``decimals``
     The table on the terminal, a chart as PNG, and numbers as both show them.
@@ -49,6 +51,7 @@ import dataclasses
 import datetime
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
@@ -65,6 +68,7 @@ from typing import Any
 import torch
 
 from cast_fast.errors import UserError
+from cast_fast.files import whole_file
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -120,7 +124,7 @@ class Environment:
     date: str
     """ISO 8601, UTC."""
     details: dict[str, Any] = field(default_factory=dict)
-    """Host facts that explain a number: threads, memory, compute capability."""
+    """Host facts that explain a number: threads, memory, compute capability, load before the run."""
 
 
 def environment(device: torch.device) -> Environment:
@@ -134,6 +138,8 @@ def environment(device: torch.device) -> Environment:
         "cpu": cpu_name(),
         "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
+        # Processes that wanted a core in the minute before, this one hardly among them.
+        "load_average": os.getloadavg()[0],
         "platform": platform.platform(),
         # What float32 means in this run: on CUDA torch lets convolutions use TF32 unless it is told otherwise.
         "cudnn_allow_tf32": torch.backends.cudnn.allow_tf32,
@@ -165,6 +171,14 @@ def float32_note(env: Environment) -> str:
     )
     search = "searches" if env.details["cudnn_benchmark"] else "does not search"
     return f"float32: convolutions {convolutions}, matrix products {products}; cuDNN {search} for algorithms"
+
+
+def load_note(env: Environment) -> list[str]:
+    """A warning where other processes kept a quarter of the cores busy when the run began."""
+    load, cpus = env.details["load_average"], env.details["cpus"]
+    if load < 0.25 * cpus:
+        return []
+    return [f"the machine was not quiet when this run began (load {load:.1f} on {cpus} cores): trust ratios, not rates"]
 
 
 def _first_version(distributions: Sequence[str]) -> str | None:
@@ -226,6 +240,9 @@ class Measurement:
     """Time of every timed call, in seconds."""
     peak_bytes: int | None = None
     """Most memory allocated on the CUDA device above what was allocated before the line's round; None on a CPU."""
+    rounds: tuple[int, ...] = ()
+    """For each of ``seconds`` the number of its round, which no other round of this process has. Empty for a first
+    turn, which no other line shares, and for what was not measured in rounds."""
 
     def percentiles(self, scale: Callable[[float], float]) -> tuple[float, float, float]:
         """p20, p50 and p80 of ``scale(seconds)``, ascending in the scaled unit."""
@@ -250,6 +267,43 @@ Outcome = Measurement | Failure
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """How many times as fast one line is as another."""
+
+    value: float
+    """The median over the rounds that both took; where they share none, the ratio of the medians."""
+    p20: float | None
+    p80: float | None
+    """Over the rounds; None where they share none."""
+    rounds: int
+    """Rounds that both took."""
+
+
+def speed_ratio(first: Measurement, second: Measurement, work: float = 1.0) -> Ratio:
+    """The speed of ``first`` over that of ``second``.
+
+    What slows a machine down for some seconds slows all lines of a round, so the two are compared round by round.
+
+    Args:
+        work: that of one call of ``first`` over that of one call of ``second``.
+    """
+    by_round: list[dict[int, list[float]]] = []
+    for measurement in (first, second):
+        turns: dict[int, list[float]] = {}
+        for number, seconds in zip(measurement.rounds, measurement.seconds):
+            turns.setdefault(number, []).append(seconds)
+        by_round.append(turns)
+    ratios = [
+        work * percentile(by_round[1][number], 50) / percentile(turn, 50)
+        for number, turn in by_round[0].items()
+        if number in by_round[1]
+    ]
+    if not ratios:
+        return Ratio(work * second.median / first.median, None, None, 0)
+    return Ratio(percentile(ratios, 50), percentile(ratios, 20), percentile(ratios, 80), len(ratios))
+
+
+@dataclass(frozen=True)
 class Record:
     """One line of ``results.jsonl``; the fields are the project's contract for benchmark records."""
 
@@ -268,7 +322,7 @@ class Record:
     p50: float | None
     p80: float | None
     repeats: int
-    """Timed calls behind the percentiles."""
+    """Timed calls behind the percentiles; of a ratio, rounds."""
     bytes: int | None
     """Bytes that one call must move, or that it holds, by count; None where nobody counted."""
     flops: int | None
@@ -278,25 +332,28 @@ class Record:
     versions: dict[str, str | None]
     commit: str
     date: str
+    rounds: int | None = None
+    """Interleaved rounds behind the percentiles. 0: of a line its first turn alone, cold and not beside the others, as
+    the run ended before a round; of a ratio none in common, so that it is the ratio of two medians. None: not measured
+    in rounds, counted say."""
 
 
 class Results:
     """The output folder of one run: ``environment.json``, ``results.jsonl`` and ``samples.jsonl``.
 
     Every record and every raw sample is on disk when the call returns, so a crash or a time limit loses nothing that
-    was computed. A new run in a folder of an earlier one starts its files afresh, unless ``append`` is true.
+    was computed. A new run in a folder of an earlier one starts its files afresh.
     """
 
-    def __init__(self, out: Path, env: Environment, *, append: bool = False) -> None:
+    def __init__(self, out: Path, env: Environment) -> None:
         self.out = out
         self.environment = env
         self.records: list[Record] = []
         out.mkdir(parents=True, exist_ok=True)
         self.path = out / "results.jsonl"
         self._samples = out / "samples.jsonl"
-        if not append:
-            self.path.write_text("")
-            self._samples.write_text("")
+        self.path.write_text("")
+        self._samples.write_text("")
         (out / "environment.json").write_text(json.dumps(dataclasses.asdict(env), indent=2) + "\n")
 
     def record(
@@ -316,10 +373,10 @@ class Results:
         """A record from a line's outcome; ``scale`` turns the seconds of a call into ``unit``."""
         if isinstance(outcome, Measurement):
             p20, p50, p80 = outcome.percentiles(scale)
-            repeats = len(outcome.seconds)
+            repeats, rounds = len(outcome.seconds), len(set(outcome.rounds))
         else:
             p20 = p50 = p80 = None
-            repeats = 0
+            repeats, rounds = 0, None
         return Record(
             name=name,
             variant=variant,
@@ -338,15 +395,27 @@ class Results:
             versions=self.environment.versions,
             commit=self.environment.commit,
             date=_utc_now(),
+            rounds=rounds,
         )
 
+    def ratio(self, variant: str, ratio: Ratio, *, dtype: str, shape: Mapping[str, int | str]) -> Record:
+        """The record ``ratio`` of two lines; ``variant`` is ``FIRST/SECOND``."""
+        record = self.record("ratio", variant, Measurement((ratio.value,)), dtype=dtype, shape=shape, unit="ratio")
+        return dataclasses.replace(record, p20=ratio.p20, p80=ratio.p80, repeats=ratio.rounds, rounds=ratio.rounds)
+
     def add(self, record: Record) -> None:
-        """Append a record to ``results.jsonl``."""
-        self.records.append(record)
-        self._append(self.path, dataclasses.asdict(record))
+        """Write a record to ``results.jsonl``, in the place of an earlier one of the same line and sizes."""
+        same = [place for place, other in enumerate(self.records) if _subject(other) == _subject(record)]
+        if not same:
+            self.records.append(record)
+            self._append(self.path, dataclasses.asdict(record))
+            return
+        self.records[same[0]] = record
+        with whole_file(self.path, durable=True) as file:
+            file.write("".join(json.dumps(dataclasses.asdict(each)) + "\n" for each in self.records).encode())
 
     def sample(self, line: str, repeat: int, seconds: Sequence[float]) -> None:
-        """Append the raw seconds of one repeat of a line to ``samples.jsonl``."""
+        """Append the raw seconds of one turn of a line to ``samples.jsonl``; ``repeat`` 0 is the first turn."""
         self._append(self._samples, {"line": line, "repeat": repeat, "seconds": list(seconds)})
 
     def keep(self) -> Path:
@@ -365,14 +434,18 @@ class Results:
             os.fsync(file.fileno())
 
 
-def open_results(out: Path, env: Environment, *, append: bool = False) -> Results:
+def _subject(record: Record) -> tuple[object, ...]:
+    return record.name, record.variant, record.dtype, record.shape
+
+
+def open_results(out: Path, env: Environment) -> Results:
     """``Results`` for a script's ``--out``.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
     try:
-        return Results(out, env, append=append)
+        return Results(out, env)
     except OSError as error:
         raise UserError(f"--out: cannot write {out}: {error.strerror or error}") from error
 
@@ -415,6 +488,10 @@ def time_calls(
     return [begin.elapsed_time(end) / 1000 for begin, end in events]
 
 
+_ROUNDS = itertools.count(1)
+"""Numbers the rounds of all calls of ``interleave`` in this process, so that turns of two calls are never paired."""
+
+
 def interleave(
     lines: Mapping[str, Line],
     *,
@@ -431,14 +508,20 @@ def interleave(
     on_sample: Callable[[str, int, Sequence[float]], None] | None = None,
     on_line: Callable[[str, Outcome], None] | None = None,
 ) -> dict[str, Outcome]:
-    """Measure all lines in interleaved repeats and return their outcomes in the order given.
+    """Measure all lines in interleaved rounds and return their outcomes in the order given.
+
+    Each line also makes a first turn right after it is built. It is there for runs that end before a round, by a
+    deadline or by force, and is dropped as soon as the line has been in one round: it is taken with cold caches and
+    memory that is still being asked of the system, minutes before or after those of the other lines (on a CPU up to 1.4
+    times as long as the median of the others), so that more samples would not make it right, and one turn of a round is
+    better than the mean with it.
 
     Args:
         lines: name -> factory of the function to time.
         device: CUDA events are used for a CUDA device, the host's clock otherwise.
-        repeats: turns of each line: one when it is built, the others in rounds over all lines.
+        repeats: rounds over all lines.
         warmup: untimed calls of each line right after it is built (compilation falls here).
-        calls: timed calls of a line in each round; ``repeats * calls`` samples a line in all.
+        calls: timed calls of a line in each turn; ``repeats * calls`` samples a line in all.
         settle: untimed calls at the start of each line's turn, for caches that another line displaced.
         prepare: name -> function called, untimed, before each timed call of that line.
         lead_cycles: see ``time_calls``.
@@ -446,9 +529,10 @@ def interleave(
             use it with ``settle`` of at least 1.
         deadline: no further round starts after this ``time.monotonic()``; the first turn of a line is always made.
         on_built: called with a line's name and the seconds that building and warm-up took.
-        on_sample: called with name, round and seconds after each turn.
-        on_line: called once for each line, as soon as it has failed or made its last repeat, also when the run is
-            interrupted (then with the samples so far).
+        on_sample: called with name, number and seconds after each turn: 0 for the first turn, then 1 to ``repeats``.
+        on_line: called with the first turn of a line as its outcome so far, and again with the outcome once the line
+            has failed or made its last turn, also when the run is interrupted (then with the samples so far). What is
+            written at the first of these survives a process that is killed.
 
     An exception in a line (not KeyboardInterrupt) ends that line alone; one that leaves the device broken ends all, and
     what the others have is kept.
@@ -458,18 +542,23 @@ def interleave(
     cuda = device.type == "cuda"
     prepare = prepare or {}
     runs: dict[str, Callable[[], object]] = {}
+    first: dict[str, tuple[float, ...]] = {}
     seconds: dict[str, list[float]] = {name: [] for name in lines}
+    rounds: dict[str, list[int]] = {name: [] for name in lines}
     peaks: dict[str, int] = {}
     outcomes: dict[str, Outcome] = {}
     lost: list[str] = []  # the line after which every CUDA call raises, by an illegal access say
 
-    def finish(name: str, outcome: Outcome) -> None:
-        outcomes[name] = outcome
+    def tell(name: str, outcome: Outcome) -> None:
         if on_line is not None:
             on_line(name, outcome)
 
+    def finish(name: str, outcome: Outcome) -> None:
+        outcomes[name] = outcome
+        tell(name, outcome)
+
     def measured(name: str) -> Measurement:
-        return Measurement(tuple(seconds[name]), peaks.get(name))
+        return Measurement(tuple(seconds[name]) or first[name], peaks.get(name), tuple(rounds[name]))
 
     def fail(name: str, error: Exception) -> None:
         runs.pop(name, None)
@@ -483,7 +572,8 @@ def interleave(
         except RuntimeError:
             lost.append(name)
 
-    def turn(name: str, repeat: int) -> None:
+    def turn(name: str, repeat: int) -> list[float] | None:
+        """Seconds of the calls of a line's turn; None where it failed."""
         try:
             if release:
                 clear_memory(device)
@@ -500,12 +590,10 @@ def interleave(
                 peaks[name] = max(peaks.get(name, 0), used)
         except Exception as error:  # any error belongs to its line; the others go on
             fail(name, error)
-            return
-        seconds[name].extend(taken)
+            return None
         if on_sample is not None:
             on_sample(name, repeat, taken)
-        if repeat == repeats - 1:
-            finish(name, measured(name))
+        return taken
 
     try:
         for name, build in lines.items():
@@ -526,19 +614,28 @@ def interleave(
             del run
             if on_built is not None:
                 on_built(name, time.monotonic() - begin)
-            turn(name, 0)
+            taken = turn(name, 0)
+            if taken is not None:
+                first[name] = tuple(taken)
+                tell(name, measured(name))
             if release and not lost:
                 clear_memory(device)
-        for repeat in range(1, repeats):
+        for repeat in range(1, repeats + 1):
             if deadline is not None and time.monotonic() >= deadline:
                 break
+            number = next(_ROUNDS)
             for name in list(runs):
-                if not lost:
-                    turn(name, repeat)
+                taken = None if lost else turn(name, repeat)
+                if taken is None:
+                    continue
+                seconds[name].extend(taken)
+                rounds[name].extend([number] * calls)
+                if repeat == repeats:
+                    finish(name, measured(name))
     finally:
         # The deadline came, the device is lost, or an interrupt is on its way up: what was measured is reported.
-        for name in lines:
-            if name not in outcomes and seconds[name]:
+        for name in first:
+            if name not in outcomes:
                 finish(name, measured(name))
     return {name: outcomes[name] for name in lines}
 

@@ -6,10 +6,14 @@
 One run measures a ladder of ways to take the same step (``ladder.py`` says what each line is), interleaved, all with
 one trunk and one size. Each line shows images (pairs) a second, its speed-up over ``published``, its overhead over
 ``moco`` (in theory 5/4: five trunk units against four) and the fraction of ``trunk-bound`` that it reaches; on CUDA
-also its peak memory. Then ``loader`` is the DALI loader alone, ``end-to-end`` the loader feeding the best step, with a
-word on which of the two limits. Without data of your own the loader reads made scenes, which are kept for the next run.
+also its peak memory. These are medians of the quotients of each round, for what disturbs one line of a round disturbs
+its neighbours; ``~`` marks those of lines without a round in common, which are quotients of medians. One line is what
+``cast-fast pretrain`` runs by default, and the table says which. Then ``loader`` is the DALI loader alone,
+``end-to-end`` the loader feeding that line's step, with a word on which of the two limits. Without data of your own the
+loader reads made scenes, which are kept for the next run.
 
-The output folder gets ``results.jsonl`` (a record as soon as a line ends), ``samples.jsonl`` (raw seconds),
+The output folder gets ``results.jsonl`` (a record as soon as a line has made its first turn, replaced when it ends;
+``ratio`` records of lines with rounds in common), ``samples.jsonl`` (raw seconds, repeat 0 being the first turn),
 ``summary.json``, ``environment.json`` and ``throughput.png``. A line that fails says why and the others go on.
 
 Exit code: 0 all lines that can run here ran, 1 a line failed, 2 a wrong flag, 130 interrupted (what was measured until
@@ -58,6 +62,15 @@ torch's memory allocated."""
 CPU_SECONDS = {False: 360.0, True: 200.0}
 """--quick -> on a CPU no further round and no compilation starts after this many seconds, so that a run without flags
 ends within eight minutes on two cores, and one with ``--quick`` within five."""
+QUOTIENTS = ("published", "published-amp", "trunk-bound")
+"""Lines that every CAST step is divided by; ``moco`` is divided by every CAST step, as the overhead is one in time."""
+BESIDES = (
+    ("streaming", "kernels"),
+    ("trunk-streaming", "trunk-bound"),
+    ("streaming", "trunk-streaming"),
+    ("groups", "kernels"),
+)
+"""Further quotients that a run records."""
 OUT_OF_TIME = "not measured: out of time"
 
 
@@ -106,10 +119,24 @@ class Report:
         """Images of one timed call."""
         return self.plan.settings.batch * (TURN if name in LOADING else 1)
 
-    def ratio(self, top: str, bottom: str) -> float | None:
-        """Rate of one line over that of another."""
-        first, second = self.rate(top), self.rate(bottom)
-        return None if first is None or second is None else first / second
+    def ratio(self, top: str, bottom: str) -> harness.Ratio | None:
+        """Rate of one line over that of another, None where one was not measured."""
+        first, second = self.outcomes.get(top), self.outcomes.get(bottom)
+        if not isinstance(first, harness.Measurement) or not isinstance(second, harness.Measurement):
+            return None
+        return harness.speed_ratio(first, second, self.images(top) / self.images(bottom))
+
+    def add_ratios(self) -> None:
+        """Records the quotients of lines that were in the same rounds."""
+        steps = [name for name in (*ladder.LADDER, *ladder.ON_REQUEST) if name in self.outcomes]
+        pairs = [(name, base) for name in steps for base in QUOTIENTS if name != base]
+        pairs += [("moco", name) for name in steps] + [pair for pair in BESIDES if pair not in pairs]
+        settings = self.plan.settings
+        for top, bottom in pairs:
+            ratio = self.ratio(top, bottom)
+            if ratio is not None and ratio.rounds:
+                dtype = settings.line_precision(top)
+                self.results.add(self.results.ratio(f"{top}/{bottom}", ratio, dtype=dtype, shape=settings.shape))
 
     def allow_compiling(self, name: str) -> None:
         """Notes a line as absent where there is no time left to compile it.
@@ -122,11 +149,12 @@ class Report:
             raise OutOfTime
 
     def add(self, name: str, outcome: harness.Outcome, state_bytes: int | None) -> None:
-        """Records a line that has just ended, unless it is absent."""
+        """Records a line's outcome so far, unless it is absent."""
         if name in self.absent:
             return
         settings, images = self.plan.settings, self.images(name)
         self.outcomes[name] = outcome
+        bound = self.ratio(name, "trunk-bound") if name not in LOADING else None  # which have rounds of their own
         units = ladder.TRUNK_UNITS.get(name)
         record = self.results.record(
             name if name in LOADING else "step",
@@ -137,7 +165,7 @@ class Report:
             unit="images/s",
             scale=lambda seconds: images / seconds,
             flops=units * ladder.trunk_flops(settings) if units else None,
-            fraction_of_bound=self.ratio(name, "trunk-bound") if name != "loader" else None,
+            fraction_of_bound=None if bound is None else bound.value,
         )
         self.results.add(record)
         if isinstance(outcome, harness.Measurement) and outcome.peak_bytes is not None and state_bytes is not None:
@@ -246,7 +274,7 @@ def measure_loading(report: Report, dataset: Dataset, built: dict[str, ladder.Bu
         return run
 
     def train() -> Callable[[], object]:
-        name = product_line(plan.settings)
+        name = ladder.default_line(plan.settings)
         line = built.get(name)
         if line is None:
             report.allow_compiling("end-to-end")
@@ -284,16 +312,9 @@ def measure_loading(report: Report, dataset: Dataset, built: dict[str, ladder.Bu
         )
     finally:
         loader.close()
-    loading, step = report.rate("loader"), report.rate(product_line(plan.settings))
+    loading, step = report.rate("loader"), report.rate(ladder.default_line(plan.settings))
     if loading is not None and step is not None:
         report.limit = "loader" if loading < step else "step"
-
-
-def product_line(settings: ladder.Settings) -> str:
-    """The line that ``cast-fast pretrain`` runs on this device."""
-    if settings.device.type != "cuda":
-        return "compiled"
-    return "streaming" if settings.config.batch_norm == "streaming" else "kernels"
 
 
 def open_dataset(plan: Plan) -> Dataset:
@@ -361,30 +382,33 @@ def entry_of(report: Report, name: str) -> dict[str, Any]:
         return {"status": "failed", "reason": outcome.reason}
     images = report.images(name)
     low, rate, high = outcome.percentiles(lambda seconds: images / seconds)
-    trains = name != "loader"
-    return {
-        "status": "ok",
-        "images_per_second": rate,
-        "p20": low,
-        "p80": high,
-        "speedup_over_published": report.ratio(name, "published") if trains else None,
-        "overhead_over_moco": report.ratio("moco", name) if trains else None,
-        "fraction_of_trunk_bound": report.ratio(name, "trunk-bound") if trains else None,
-        "peak_bytes": report.peaks.get(name),
-    }
+    entry: dict[str, Any] = {"status": "ok", "images_per_second": rate, "p20": low, "p80": high}
+    entry |= {"samples": len(outcome.seconds), "rounds": len(set(outcome.rounds))}
+    for key, top, bottom in (
+        ("speedup_over_published", name, "published"),
+        ("overhead_over_moco", "moco", name),
+        ("fraction_of_trunk_bound", name, "trunk-bound"),
+    ):
+        ratio = report.ratio(top, bottom) if name != "loader" else None
+        entry[key] = None if ratio is None else ratio.value
+        entry[f"{key}_rounds"] = None if ratio is None else ratio.rounds
+    return {**entry, "peak_bytes": report.peaks.get(name)}
 
 
 def row_of(name: str, entry: dict[str, Any], batch: int) -> list[str]:
     """A line of the table."""
     if entry["status"] != "ok":
-        return [name, entry["status"], *[""] * 6]
+        return [name, entry["status"], *[""] * 7]
     rate = entry["images_per_second"]
     spread = f"{harness.decimals(entry['p20'])}–{harness.decimals(entry['p80'])}"
-    ratios = [entry[key] for key in ("speedup_over_published", "overhead_over_moco", "fraction_of_trunk_bound")]
-    cells = ["–" if value is None else f"{value:.2f}" for value in ratios]
+    cells = []
+    for key in ("speedup_over_published", "overhead_over_moco", "fraction_of_trunk_bound"):
+        value = entry[key]
+        cells.append("–" if value is None else f"{'' if entry[f'{key}_rounds'] else '~'}{value:.2f}")
     peak = entry["peak_bytes"]
     cells.append("–" if peak is None else f"{peak / 2**30:.2f}")
-    return [name, harness.decimals(rate), spread, harness.decimals(1000 * batch / rate), *cells]
+    rounds = str(entry["rounds"] or "first turn")
+    return [name, harness.decimals(rate), spread, rounds, harness.decimals(1000 * batch / rate), *cells]
 
 
 def bar_of(name: str, entry: dict[str, Any]) -> harness.Bar:
@@ -401,21 +425,34 @@ def bar_of(name: str, entry: dict[str, Any]) -> harness.Bar:
     return harness.Bar(name, rate, entry["p20"], entry["p80"], " · ".join(notes), group)
 
 
+def default_note(settings: ladder.Settings, lines: tuple[str, ...]) -> str:
+    """Which line is the product's default at this batch, in words."""
+    name, groups = ladder.default_line(settings), ladder.groups(settings)
+    what = f"BatchNorm over {groups} groups of {settings.batch // groups}" if groups > 1 else "BatchNorm over the batch"
+    note = f"`cast-fast pretrain --batch {settings.batch}` runs the line {name} ({what})"
+    if name not in lines:
+        return f"{note}, which is not in this table"
+    return f"{note}; the others have one group" if groups > 1 else note
+
+
 def show(report: Report) -> None:
-    """Prints the table and writes ``summary.json`` and the chart."""
+    """Prints the table, records the quotients, and writes ``summary.json`` and the chart."""
+    report.add_ratios()
     plan, env = report.plan, report.results.environment
     settings = plan.settings
     entries = {name: entry_of(report, name) for name in plan.lines}
-    columns = ["line", "images/s", "p20–p80", "ms a step", "× published", "× moco time", "of trunk bound", "peak GiB"]
+    columns = ["line", "images/s", "p20–p80", "rounds", "ms a step", "× published", "× moco time", "of trunk bound"]
+    columns.append("peak GiB")
     shown = len(columns) if settings.device.type == "cuda" else len(columns) - 1
     rows = [row_of(name, entry, settings.batch)[:shown] for name, entry in entries.items()]
     title = f"CAST step, {settings.arch}, {settings.size} px, batch {settings.batch}, {settings.precision}"
     where = f"{env.device}; torch {env.versions['torch']}; commit {env.commit}; {env.date}"
-    notes = [where]
+    notes = [where, *harness.load_note(env), default_note(settings, plan.lines)]
     if settings.device.type == "cuda":
         notes.append(harness.float32_note(env))
     notes += [f"{name}: {entry['reason']}" for name, entry in entries.items() if entry["status"] != "ok"]
     notes.append(f"× moco time: {THEORY:.2f} in theory (five trunk units against four)")
+    notes.append("quotients: medians over rounds; those with ~ are of medians, as the two lines share no round")
     if report.limit == "loader":
         notes.append("end-to-end: the loader limits; the step waits for pictures")
     elif report.limit == "step":
@@ -423,6 +460,7 @@ def show(report: Report) -> None:
     harness.print_table(title, columns[:shown], rows, notes)
     summary = {
         "settings": {**settings.shape, "precision": settings.precision, "device": env.device, "commit": env.commit},
+        "default_line": ladder.default_line(settings),
         "lines": entries,
         "end_to_end_limited_by": report.limit,
     }
@@ -458,7 +496,7 @@ def parse(argv: list[str] | None) -> Plan:
     parser.add_argument("--loader-threads", type=int, default=0, metavar="N", help="DALI's CPU threads (0: all cores)")
     parser.add_argument("--variants", metavar="A,B", help=f"only these lines, of {','.join(ALL_LINES)}")
     parser.add_argument(
-        "--repeats", type=int, metavar="N", help="interleaved rounds (default: 10 on CUDA, 5; --quick 3)"
+        "--repeats", type=int, metavar="N", help="interleaved rounds (default: 10 on CUDA, 7; --quick 3)"
     )
     parser.add_argument(
         "--max-seconds", type=float, metavar="S", help="start no further round or compilation after this"
@@ -470,7 +508,7 @@ def parse(argv: list[str] | None) -> Plan:
     start = time.monotonic()
     settings = ladder.settings_from(args)
     cuda = settings.device.type == "cuda"
-    repeats = args.repeats if args.repeats is not None else 3 if args.quick else 10 if cuda else 5
+    repeats = args.repeats if args.repeats is not None else 3 if args.quick else 10 if cuda else 7
     scenes = args.scenes if args.scenes is not None else 1024 if cuda and not args.quick else 64
     seconds = args.max_seconds if args.max_seconds is not None else None if cuda else CPU_SECONDS[args.quick]
     for flag, value, low in (

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
-import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
 
 import harness
 import numpy as np
@@ -14,7 +14,37 @@ from cast_fast.errors import UserError
 
 CPU = torch.device("cpu")
 CONTRACT = ["name", "variant", "device", "dtype", "shape", "value", "unit", "p20", "p50", "p80", "repeats"]
-CONTRACT += ["bytes", "flops", "fraction_of_bound", "versions", "commit", "date"]
+CONTRACT += ["bytes", "flops", "fraction_of_bound", "versions", "commit", "date", "rounds"]
+
+
+class Clock:
+    """Time that passes only where a test lets it."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def line(self, *durations: float) -> harness.Line:
+        """A line whose calls take these seconds, one after the other, and the last of them for ever."""
+        left = list(durations)
+
+        def run() -> None:
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+
+        return lambda: run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(harness, "time", types.SimpleNamespace(perf_counter=clock, monotonic=clock))
+    return clock
+
+
+def seconds_of(outcome: harness.Outcome) -> tuple[float, ...]:
+    return tuple(round(seconds, 9) for seconds in getattr(outcome, "seconds", ()))
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 17])
@@ -50,22 +80,89 @@ def _recorder(log: list[str], name: str) -> harness.Line:
 def test_first_turns_follow_the_warm_ups_and_rounds_are_interleaved() -> None:
     log: list[str] = []
     lines = {name: _recorder(log, name) for name in "ABC"}
-    outcomes = harness.interleave(lines, device=CPU, repeats=3, warmup=1, calls=2, settle=1)
+    outcomes = harness.interleave(lines, device=CPU, repeats=2, warmup=1, calls=2, settle=1)
     first = [entry for name in "ABC" for entry in (f"build {name}", *[name] * 4)]
     turn = ["A"] * 3 + ["B"] * 3 + ["C"] * 3
     assert log == first + turn * 2
     for outcome in outcomes.values():
         assert isinstance(outcome, harness.Measurement)
-        assert len(outcome.seconds) == 6  # the settling calls are not among them
+        assert len(outcome.seconds) == len(outcome.rounds) == 4  # neither settling calls nor the first turn
         assert outcome.peak_bytes is None
 
 
-def test_only_the_call_is_timed() -> None:
-    lines = {"quick": lambda: lambda: None}
-    slow = {"quick": lambda: time.sleep(0.05)}
-    (outcome,) = harness.interleave(lines, device=CPU, repeats=3, warmup=0, prepare=slow).values()
-    assert isinstance(outcome, harness.Measurement)
-    assert outcome.median < 0.05
+def test_only_the_call_is_timed(clock: Clock) -> None:
+    def slow() -> None:
+        clock.now += 7
+
+    (outcome,) = harness.interleave(
+        {"quick": clock.line(9, 0.25)}, device=CPU, repeats=3, warmup=1, settle=1, prepare={"quick": slow}
+    ).values()
+    assert seconds_of(outcome) == (0.25,) * 3
+
+
+def test_a_line_is_judged_by_its_rounds_alone(clock: Clock) -> None:
+    """The first turn, cold, is told at once and gone as soon as there is a round."""
+    told: list[tuple[str, tuple[float, ...], int]] = []
+    samples: list[tuple[str, int, float]] = []
+
+    def on_line(name: str, outcome: harness.Outcome) -> None:
+        told.append((name, seconds_of(outcome), len(getattr(outcome, "rounds", ()))))
+
+    def on_sample(name: str, repeat: int, seconds: Sequence[float]) -> None:
+        samples.append((name, repeat, round(seconds[0], 9)))
+
+    lines = {"A": clock.line(50, 9, 2, 1), "B": clock.line(50, 8, 4, 3)}
+    outcomes = harness.interleave(lines, device=CPU, repeats=2, warmup=1, on_line=on_line, on_sample=on_sample)
+    assert told == [("A", (9,), 0), ("B", (8,), 0), ("A", (2, 1), 2), ("B", (4, 3), 2)]
+    assert samples == [("A", 0, 9), ("B", 0, 8), ("A", 1, 2), ("B", 1, 4), ("A", 2, 1), ("B", 2, 3)]
+    assert {name: seconds_of(outcome) for name, outcome in outcomes.items()} == {"A": (2, 1), "B": (4, 3)}
+
+
+@pytest.mark.parametrize(("seconds", "left"), [(0, (9,)), (25, (2,)), (30, (2, 1))])
+def test_a_deadline_leaves_the_first_turn_or_whole_rounds(
+    clock: Clock, seconds: float, left: tuple[float, ...]
+) -> None:
+    lines = {"A": clock.line(9, 2, 1), "B": clock.line(9, 8, 3)}
+    outcomes = harness.interleave(lines, device=CPU, repeats=5, warmup=0, deadline=clock.now + seconds)
+    assert seconds_of(outcomes["A"]) == left
+    assert len(seconds_of(outcomes["B"])) == len(left)
+    rounds = [getattr(outcome, "rounds", None) for outcome in outcomes.values()]
+    assert rounds[0] == rounds[1] and len(rounds[0] or ()) == (0 if left == (9,) else len(left))
+
+
+def test_ratios_are_of_turns_of_the_same_rounds(clock: Clock) -> None:
+    """A neighbour makes the second round four times as slow for both; the medians alone would say something else."""
+    lines = {"A": clock.line(60, 1, 4, 1.25, 1), "B": clock.line(70, 2, 8, 2, 8)}
+    outcomes = harness.interleave(lines, device=CPU, repeats=4, warmup=0)
+    a, b = outcomes["A"], outcomes["B"]
+    assert isinstance(a, harness.Measurement) and isinstance(b, harness.Measurement)
+    ratio = harness.speed_ratio(a, b)
+    # of 2, 2, 1.6 and 8
+    assert dataclasses.astuple(ratio) == (2.0, pytest.approx(1.84), pytest.approx(4.4), 4)
+    assert b.median / a.median == pytest.approx(40 / 9)
+    assert harness.speed_ratio(a, b, work=3).value == 6.0
+    assert harness.speed_ratio(b, a).value == 0.5
+
+
+def test_ratios_of_lines_without_a_common_round_say_so(clock: Clock) -> None:
+    outcomes = [
+        harness.interleave({"A": clock.line(9, seconds)}, device=CPU, repeats=1, warmup=0)["A"] for seconds in (2, 3)
+    ]
+    first, second = outcomes
+    assert isinstance(first, harness.Measurement) and isinstance(second, harness.Measurement)
+    assert harness.speed_ratio(first, second) == harness.Ratio(1.5, None, None, 0)
+    half = dataclasses.replace(first, seconds=(2.0, 8.0), rounds=(*first.rounds, *second.rounds))
+    assert harness.speed_ratio(half, second) == harness.Ratio(0.375, 0.375, 0.375, 1)
+    counted = harness.Measurement((4.0,))
+    assert harness.speed_ratio(first, counted) == harness.Ratio(2.0, None, None, 0)
+
+
+def test_a_turn_of_several_calls_counts_once(clock: Clock) -> None:
+    lines = {"A": clock.line(9, 9, 9, 1, 2, 60), "B": clock.line(9, 9, 9, 4, 4, 1)}
+    outcomes = harness.interleave(lines, device=CPU, repeats=1, warmup=0, calls=3)
+    a, b = outcomes["A"], outcomes["B"]
+    assert isinstance(a, harness.Measurement) and isinstance(b, harness.Measurement)
+    assert harness.speed_ratio(a, b) == harness.Ratio(2.0, 2.0, 2.0, 1)
 
 
 def test_a_failing_line_leaves_the_others_alone() -> None:
@@ -77,28 +174,32 @@ def test_a_failing_line_leaves_the_others_alone() -> None:
 
     def breaks_later() -> Callable[[], object]:
         def run() -> None:
-            if next(calls) == 2:
-                raise RuntimeError("third call")
+            if next(calls) == 3:
+                raise RuntimeError("fourth call")
 
         return run
 
     seen: list[str] = []
+
+    def on_line(name: str, outcome: harness.Outcome) -> None:
+        seen.append(f"{name} failed" if isinstance(outcome, harness.Failure) else name)
+
     outcomes = harness.interleave(
         {"unbuildable": unbuildable, "A": _recorder(log, "A"), "breaks": breaks_later, "B": _recorder(log, "B")},
         device=CPU,
         repeats=3,
         warmup=1,
-        on_line=lambda name, outcome: seen.append(name),
+        on_line=on_line,
     )
     failure = outcomes["unbuildable"]
     assert isinstance(failure, harness.Failure)
     assert failure.reason == "OutOfMemoryError: no room"
-    assert getattr(outcomes["breaks"], "reason", "") == "RuntimeError: third call"
+    assert getattr(outcomes["breaks"], "reason", "") == "RuntimeError: fourth call"
     for name in "AB":
         outcome = outcomes[name]
         assert isinstance(outcome, harness.Measurement)
         assert len(outcome.seconds) == 3
-    assert seen == ["unbuildable", "breaks", "A", "B"]
+    assert seen == ["unbuildable failed", "A", "breaks", "B", "breaks failed", "A", "B"]
     assert list(outcomes) == ["unbuildable", "A", "breaks", "B"]
 
 
@@ -126,13 +227,15 @@ def test_a_broken_device_ends_the_run_and_keeps_what_was_measured(monkeypatch: p
     assert getattr(outcomes["B"], "reason", "") == "not measured: astray left the device broken"
 
 
-def test_an_interrupt_reports_what_was_measured() -> None:
+@pytest.mark.parametrize(("call", "left"), [(0, {"A": 1}), (1, {"A": 1, "B": 1}), (2, {"A": 2, "B": 1})])
+def test_an_interrupt_reports_what_was_measured(call: int, left: dict[str, int]) -> None:
+    """In B's first turn, in its first round and in its second: A and B are judged by what each has."""
     calls = iter(range(100))
     seen: dict[str, harness.Outcome] = {}
 
     def build() -> Callable[[], object]:
         def run() -> None:
-            if next(calls) == 2:
+            if next(calls) == call:
                 raise KeyboardInterrupt
 
         return run
@@ -141,7 +244,7 @@ def test_an_interrupt_reports_what_was_measured() -> None:
         harness.interleave(
             {"A": lambda: lambda: None, "B": build}, device=CPU, repeats=9, warmup=0, on_line=seen.__setitem__
         )
-    assert {name: len(getattr(outcome, "seconds", ())) for name, outcome in seen.items()} == {"A": 3, "B": 2}
+    assert {name: len(getattr(outcome, "seconds", ())) for name, outcome in seen.items()} == left
 
 
 def test_an_interrupt_while_a_later_line_is_built_keeps_the_earlier_ones() -> None:
@@ -156,13 +259,6 @@ def test_an_interrupt_while_a_later_line_is_built_keeps_the_earlier_ones() -> No
             {"A": lambda: lambda: None, "B": endless}, device=CPU, repeats=5, calls=2, on_line=seen.__setitem__
         )
     assert {name: len(getattr(outcome, "seconds", ())) for name, outcome in seen.items()} == {"A": 2}
-
-
-def test_a_past_deadline_still_makes_one_round() -> None:
-    lines = {"A": lambda: lambda: None}
-    (outcome,) = harness.interleave(lines, device=CPU, repeats=5, warmup=0, deadline=time.monotonic() - 1).values()
-    assert isinstance(outcome, harness.Measurement)
-    assert len(outcome.seconds) == 1
 
 
 @pytest.mark.parametrize(("repeats", "calls"), [(0, 1), (1, 0)])
@@ -192,16 +288,46 @@ def test_records_are_on_disk_at_once(tmp_path, monkeypatch) -> None:
     assert first["p20"] < 4.0 < first["p80"]
     assert (first["repeats"], first["flops"], first["bytes"], first["shape"]) == (3, 7, None, shape)
     assert second["value"] is None and second["repeats"] == 0
+    assert (first["rounds"], second["rounds"]) == (0, None)
     assert json.loads((tmp_path / "out" / "samples.jsonl").read_text())["seconds"] == [0.5, 1.0]
     saved = json.loads((tmp_path / "out" / "environment.json").read_text())
     assert saved["versions"]["torch"] == torch.__version__
     monkeypatch.setattr(harness, "RESULTS", tmp_path / "kept")
     assert results.keep() == harness.result_path(env)
     assert results.keep().read_text() == 2 * results.path.read_text()
-    harness.Results(tmp_path / "out", env, append=True)
-    assert len(results.path.read_text().splitlines()) == 2
     harness.Results(tmp_path / "out", env)
     assert results.path.read_text() == ""
+
+
+def test_a_record_takes_the_place_of_an_earlier_one_of_the_same(tmp_path) -> None:
+    results = harness.Results(tmp_path, harness.environment(CPU))
+    small, large = {"batch": 4}, {"batch": 8}
+    for name, seconds, shape in (("A", 9.0, small), ("B", 5.0, small), ("A", 7.0, large)):
+        results.add(results.record("step", name, harness.Measurement((seconds,)), dtype="float32", shape=shape))
+    final = harness.Measurement((1.0, 2.0, 6.0, 8.0), rounds=(3, 3, 4, 4))
+    results.add(results.record("step", "A", final, dtype="float32", shape=small))
+    rows = [json.loads(line) for line in results.path.read_text().splitlines()]
+    found = [(row["variant"], row["value"], row["shape"], row["repeats"], row["rounds"]) for row in rows]
+    assert found == [("A", 4.0, small, 4, 2), ("B", 5.0, small, 1, 0), ("A", 7.0, large, 1, 0)]
+    assert rows == [dataclasses.asdict(record) for record in results.records]
+    assert {path.name for path in tmp_path.iterdir()} == {"environment.json", "results.jsonl", "samples.jsonl"}
+
+
+def test_the_record_of_a_ratio_says_how_many_rounds_it_is_of(tmp_path) -> None:
+    results = harness.Results(tmp_path, harness.environment(CPU))
+    record = results.ratio("A/B", harness.Ratio(2.0, 1.5, 2.5, 7), dtype="fp32", shape={"batch": 4})
+    assert (record.name, record.variant, record.unit, record.value) == ("ratio", "A/B", "ratio", 2.0)
+    assert (record.p20, record.p50, record.p80, record.repeats, record.rounds) == (1.5, 2.0, 2.5, 7, 7)
+
+
+def test_a_busy_machine_is_named() -> None:
+    env = harness.environment(CPU)
+    assert isinstance(env.details["load_average"], float)
+    env.details.update(load_average=1.9, cpus=8)
+    assert harness.load_note(env) == []
+    env.details.update(load_average=2.0)
+    (note,) = harness.load_note(env)
+    assert "load 2.0 on 8 cores" in note
 
 
 def test_a_missing_device_or_folder_is_the_users_error(tmp_path) -> None:

@@ -1,5 +1,6 @@
 """The main job end to end in a tiny configuration, and the scripts around it."""
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ import throughput
 import torch
 
 import cast_kernels
+from cast_fast.run_folder import batch_norm_groups
 
 TINY = ["--arch", "resnet18", "--size", "32", "--batch", "2", "--queue-size", "16", "--repeats", "1", "--scenes", "4"]
 STEPS = (*ladder.LADDER, *ladder.BESIDE, *ladder.ON_REQUEST)
@@ -42,7 +44,7 @@ def tiny_settings(**flags: str) -> ladder.Settings:
 def run(out: Path, *flags: str, device: str = "cpu") -> tuple[int, dict[str, dict], dict]:
     code = throughput.main([*TINY, "--device", device, "--out", str(out), *flags])
     lines = (out / "results.jsonl").read_text().splitlines()
-    records = {row["variant"]: row for row in map(json.loads, lines) if row["unit"] == "images/s"}
+    records = {row["variant"]: row for row in map(json.loads, lines) if row["unit"] in ("images/s", "ratio")}
     return code, records, json.loads((out / "summary.json").read_text())
 
 
@@ -51,25 +53,35 @@ def test_whole_ladder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     code, records, summary = run(tmp_path)
     assert code == 0
     assert list(summary["lines"]) == list(throughput.LINES)
-    for name in ("kernels", *ladder.STREAMING):
+    for name in ("kernels", "groups", *ladder.STREAMING):
         assert summary["lines"].pop(name)["status"] == "absent"
     assert summary["end_to_end_limited_by"] in ("loader", "step")
-    assert records.keys() == summary["lines"].keys()
+    assert summary["default_line"] == "compiled"
+    assert {name for name in records if "/" not in name} == summary["lines"].keys()
     for name, entry in summary["lines"].items():
         assert entry["status"] == "ok"
         record = records[name]
         assert record["value"] == entry["images_per_second"] > 0
-        assert record["repeats"] == 1
+        assert record["repeats"] == record["rounds"] == entry["samples"] == entry["rounds"] == 1
         assert record["shape"] == {"arch": "resnet18", "size": 32, "batch": 2, "queue": 16}
         if name != "loader":
+            fraction = record["value"] / records["trunk-bound"]["value"]
             assert entry["speedup_over_published"] == pytest.approx(record["value"] / records["published"]["value"])
             assert entry["overhead_over_moco"] == pytest.approx(records["moco"]["value"] / record["value"])
-            assert record["fraction_of_bound"] == pytest.approx(record["value"] / records["trunk-bound"]["value"])
+            assert entry["fraction_of_trunk_bound"] == pytest.approx(fraction)
+            assert record["fraction_of_bound"] == (None if name == "end-to-end" else pytest.approx(fraction))
+            # The loader's turns come after the ladder's rounds.
+            assert entry["speedup_over_published_rounds"] == (0 if name == "end-to-end" else 1)
+    assert records["compiled/published"]["value"] == summary["lines"]["compiled"]["speedup_over_published"]
+    assert records["moco/compiled"]["value"] == summary["lines"]["compiled"]["overhead_over_moco"]
+    assert not [name for name in records if "/" in name and "end-to-end" in name]
     text = capsys.readouterr().out
     assert all(name in text for name in throughput.LINES)
     assert "end-to-end: the" in text
+    assert "pretrain --batch 2` runs the line compiled" in " ".join(text.split())
     assert (tmp_path / "throughput.png").stat().st_size > 10_000
-    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == len(records)
+    rates = [name for name in records if "/" not in name]
+    assert len((tmp_path / "samples.jsonl").read_text().splitlines()) == 2 * len(rates)  # a first turn and a round
 
 
 def test_lines_differ_in_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -90,6 +102,51 @@ def test_lines_differ_in_speed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses["published"][0] != pytest.approx(losses["one-pass"][0], rel=1e-4)
     assert losses["groups"][0] != pytest.approx(losses["closed-form"][0], rel=1e-3)
     assert losses["moco"][0] != pytest.approx(losses["closed-form"][0], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("device", "batch", "line", "groups"),
+    [
+        ("cpu", 16, "compiled", 1),
+        ("cpu", 32, "compiled", 1),
+        ("cpu", 48, "compiled", 1),
+        ("cpu", 64, "groups", 2),
+        ("cuda", 256, "groups", 8),
+        ("cuda", 250, "kernels", 1),
+    ],
+)
+def test_the_default_line_is_what_pretrain_runs(device: str, batch: int, line: str, groups: int) -> None:
+    settings = tiny_settings(**{"batch": str(batch), "queue-size": "4000"})
+    settings = dataclasses.replace(settings, device=torch.device(device))
+    assert ladder.default_line(settings) == line
+    assert batch_norm_groups(settings.config, 1) == ladder.groups(settings) == groups
+    assert (ladder.absent("groups", settings) is None) == (line == "groups")
+    note = throughput.default_note(settings, (line,))
+    assert f"pretrain --batch {batch}` runs the line {line} " in note
+    assert ("the others have one group" in note) == (groups > 1)
+    assert throughput.default_note(settings, ("moco",)).endswith("which is not in this table")
+
+
+def test_the_line_groups_has_the_products_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = tiny_settings(**{"batch": "64", "queue-size": "64"})
+    taken: dict[str, int] = {}
+    step = ladder.TrainStep
+
+    def built(*args: Any, ranks: Any, **flags: Any) -> Any:
+        taken[name] = ranks.groups
+        return step(*args, ranks=ranks, **flags)
+
+    monkeypatch.setattr(ladder, "TrainStep", built)
+    for name in ("groups", "compiled", "moco"):
+        ladder.build(name, settings)
+    assert taken == {"groups": 2, "compiled": 1, "moco": 1}
+
+
+def test_quotients_of_lines_that_share_no_round_are_marked() -> None:
+    entry: dict[str, Any] = {"status": "ok", "images_per_second": 4.0, "p20": 3.0, "p80": 5.0, "rounds": 0}
+    entry |= {"speedup_over_published": 2.0, "speedup_over_published_rounds": 3, "peak_bytes": None}
+    entry |= {"overhead_over_moco": 1.25, "overhead_over_moco_rounds": 0, "fraction_of_trunk_bound": None}
+    assert throughput.row_of("closed-form", entry, 2)[3:] == ["first turn", "500", "2.00", "~1.25", "–", "–"]
 
 
 def test_half_precision_lines_run() -> None:
@@ -167,7 +224,7 @@ def test_nothing_is_compiled_once_time_is_over(tmp_path: Path, monkeypatch: pyte
     flags = ["--variants", "closed-form,compiled,trunk-bound,end-to-end", "--max-seconds", "0.001", "--repeats", "3"]
     code, records, summary = run(tmp_path, *flags)
     assert code == 0
-    assert {name: row["repeats"] for name, row in records.items()} == {"closed-form": 1}
+    assert {name: (row["repeats"], row["rounds"]) for name, row in records.items()} == {"closed-form": (1, 0)}
     for name in ("compiled", "trunk-bound", "end-to-end"):
         assert summary["lines"][name] == {"status": "absent", "reason": "not measured: out of time"}
 
@@ -247,7 +304,7 @@ def test_turns_with_the_loader_begin_in_its_steady_state(tmp_path: Path, monkeyp
     throughput.measure_loading(report, dataset, built)
     alone = [*["take"] * 3, "start", *["take"] * 4, "end"]
     fed = [*["take", "step"] * 3, "start", *["take", "step"] * 4, "end"]
-    assert events == [*alone, "take", "step", *fed, *alone, *fed, "close"]
+    assert events == [*alone, "take", "step", *fed, *(alone + fed) * 2, "close"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -261,7 +318,7 @@ def test_an_interrupted_run_keeps_what_it_measured(
         calls = iter(range(100))
 
         def step() -> None:
-            if name == "closed-form" and next(calls) == 2:  # its second timed call, after one to warm up
+            if name == "closed-form" and next(calls) == 3:  # in its second round, after a warm-up and a first turn
                 os.kill(os.getpid(), number)
             built.run()
 
@@ -276,8 +333,31 @@ def test_an_interrupted_run_keeps_what_it_measured(
     finally:
         signal.signal(signal.SIGINT, ignored)
     assert code == 130
-    assert {name: row["repeats"] for name, row in records.items()} == {"one-pass": 1, "closed-form": 1}
+    found = {name: (row["repeats"], row["rounds"]) for name, row in records.items()}
+    assert found == dict.fromkeys(["one-pass", "closed-form"], (1, 1))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_killed_run_has_records_of_the_lines_before(tmp_path: Path) -> None:
+    """A kernel that never ends can only be killed: nothing is written then, so it must have been before."""
+    script = (
+        "import os, signal, sys, ladder, throughput; build = ladder.build\n"
+        "def hanging(name, settings):\n"
+        "    if name == 'closed-form': os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return build(name, settings)\n"
+        "ladder.build = hanging; throughput.main(sys.argv[1:])"
+    )
+    folders = [str(harness.ROOT), str(harness.ROOT / "kernels"), str(harness.ROOT / "benchmarks")]
+    flags = [*TINY, "--device", "cpu", "--variants", "published,closed-form", "--out", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        timeout=300,
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
+    assert (row["variant"], row["repeats"], row["rounds"]) == ("published", 1, 0) and row["value"] > 0
 
 
 @pytest.mark.parametrize(
