@@ -135,10 +135,13 @@ def query_losses(
     kernels: bool,
     *,
     groups: int = 1,
-    across_ranks: bool = False,
+    total: Tensor | None = None,
     sharded: bool = False,
 ) -> Losses:
-    """The one pass of the query encoder and the losses; arguments as for ``step_losses``."""
+    """The one pass of the query encoder and the losses.
+
+    Arguments are as for ``step_losses``, and for ``contrastive_attention_loss`` (``total`` is ``attention_total``).
+    """
     # Losses are means over samples, in whatever order: what belongs to a sample goes where its crop goes.
     query, keys = by_group(query, groups), by_group(keys, groups)
     masked_key, saliency, weight = (
@@ -155,8 +158,8 @@ def query_losses(
         masked_key=masked_key,
         saliency=saliency,
         attention_weight=weight,
+        attention_total=total,
         kernels=kernels,
-        across_ranks=across_ranks,
         sharded=sharded,
     )
 

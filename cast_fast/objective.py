@@ -77,8 +77,8 @@ class AttentionLosses(NamedTuple):
 class Losses(NamedTuple):
     """Weighted means over the batch (0-dimensional tensors) and the maps.
 
-    With ``across_ranks`` the mean over ranks of a loss (and of the accuracy) is that of the global batch; numbers of
-    samples are those of this rank.
+    On many ranks the mean over ranks of a loss (and of the accuracy) is that of the global batch, for the attention
+    loss if ``attention_total`` is given; numbers of samples are those of this rank.
     """
 
     loss: Tensor
@@ -283,20 +283,17 @@ def sharded_info_nce(
     return reference.info_nce_combine(query, key.detach(), [partials], temperature, shard.dtype)
 
 
-def weighted_mean(values: Tensor, weight: Tensor | None, *, across_ranks: bool = False) -> Tensor:
+def weighted_mean(values: Tensor, weight: Tensor | None, total: Tensor | None = None) -> Tensor:
     """Σ w v / Σ w over the batch; entries of weight 0 contribute nothing, even NaN; 0 where all weights are 0.
 
     Args:
         values: (N,).
         weight: (N,) at least 0, or ``None`` for the plain mean.
-        across_ranks: divide by the mean over ranks of Σ w instead, so that the mean over ranks of the results is the
-            weighted mean over the global batch; N must be the same on every rank.
+        total: 0-dimensional, divides instead of Σ w.
     """
     if weight is None:
         return values.mean()
-    total = weight.sum()
-    if across_ranks and distributed.world_size() > 1:
-        total = distributed.all_reduce(total, "attention weights") / distributed.world_size()
+    total = weight.sum() if total is None else total
     weighted = torch.where(weight > 0, values, 0) * weight
     return weighted.sum() / torch.where(total > 0, total, 1)
 
@@ -312,9 +309,9 @@ def contrastive_attention_loss(
     saliency: Tensor | None = None,
     weight: Tensor | None = None,
     attention_weight: Tensor | None = None,
+    attention_total: Tensor | None = None,
     pullback: Callable[[Tensor], Tensor] | None = None,
     kernels: bool = False,
-    across_ranks: bool = False,
     sharded: bool = False,
 ) -> Losses:
     """The whole objective from one forward pass of the query encoder.
@@ -329,9 +326,11 @@ def contrastive_attention_loss(
         saliency: (N, H, W) in [0, 1] on the grid of the activations; needed for the attention loss.
         weight: (N,) weights of the samples in both losses, 1 by default.
         attention_weight: (N,) further factor in the attention loss alone, 1 by default: 0 where a sample has no map.
+        attention_total: 0-dimensional, divides the attention loss instead of the sum of this batch's weights. With the
+            mean over ranks of those sums, the mean over ranks of the loss is the weighted mean over the global batch,
+            and DistributedDataParallel, which averages gradients, weighs every sample alike.
         pullback: see ``gradcam_weights``.
         kernels: use the fused kernels of ``cast_kernels``.
-        across_ranks: the means are over the global batch; see ``weighted_mean``.
         sharded: ``queue`` holds this rank's part of the negatives; see ``sharded_info_nce``.
 
     Raises:
@@ -339,8 +338,8 @@ def contrastive_attention_loss(
     """
     compare = sharded_info_nce if sharded else info_nce
     per_sample, beaten = compare(query.embedding, key, queue, objective.temperature, kernels=kernels)
-    moco = weighted_mean(per_sample, weight, across_ranks=across_ranks)
-    accuracy = weighted_mean((beaten == 0).to(moco.dtype), weight, across_ranks=across_ranks)
+    moco = weighted_mean(per_sample, weight)
+    accuracy = weighted_mean((beaten == 0).to(moco.dtype), weight)
     if not objective.attention:
         nothing = torch.zeros_like(accuracy)
         return Losses(moco, moco.detach(), nothing, accuracy, nothing, nothing, None)
@@ -357,7 +356,7 @@ def contrastive_attention_loss(
         head, query.pooled, query.projection, query.embedding, masked_key, cells=cells, pullback=pullback
     )
     attention = attention_loss(query.activations, alpha, saliency, weight=share, kernels=kernels)
-    cast = weighted_mean(attention.loss, share, across_ranks=across_ranks)
+    cast = weighted_mean(attention.loss, share, attention_total)
     cam = attention.cam.detach()
     zero_cam = ((cam.flatten(1).amax(dim=1) == 0) & (share > 0)).sum()
     return Losses(objective.combine(moco, cast), moco.detach(), cast.detach(), accuracy, share.sum(), zero_cam, cam)

@@ -7,12 +7,14 @@ The order of a step's collectives, all on one process group and the same on ever
 2. shuffled BatchNorm: uint8 key crops and masks go to random ranks (one all-to-all), are embedded there, and the
    embeddings come back (another one; ``shuffle`` says why and where to). Masked keys are formed after the shuffle. Four
    bytes a pixel leave a rank once, where the usual all-gather of float images sends 12·W;
-3. query forward and losses, under DistributedDataParallel; with the exchange ``reduce`` queries and keys are gathered
+3. the sum of the attention weights, outside of what is compiled: nothing else there would depend on it, and the
+   compiler orders independent operations as sizes suggest, which need not be the same sizes on every rank;
+4. query forward and losses, under DistributedDataParallel; with the exchange ``reduce`` queries and keys are gathered
    and partial sums come back in its midst;
-4. backward: DistributedDataParallel averages the gradients bucket by bucket. Under ``torch.compile`` Dynamo's
+5. backward: DistributedDataParallel averages the gradients bucket by bucket. Under ``torch.compile`` Dynamo's
    DDPOptimizer cuts the one captured graph at bucket boundaries, so that a bucket travels while the backward pass of
    earlier layers goes on;
-5. the step's metrics, with which every rank learns of every other's trouble.
+6. the step's metrics, with which every rank learns of every other's trouble.
 
 Key encoder and losses are two compiled graphs here, where one rank has one; each is captured whole (``fullgraph``).
 """
@@ -201,9 +203,12 @@ class ParallelLosses:
                 batch.key, key_mask, unshuffled(len(batch.key), self._settings.key_groups)
             )
         weight, empty = attention_weights(key_mask, batch.weight if self._attention else None, keys)
+        total = None
+        if weight is not None:
+            total = distributed.all_reduce(weight.sum(), "attention weights") / self._settings.world.size
         rows = queue.keys if gathering is None else queue.finish_gather(gathering)
         saliency = batch.query_saliency if self._attention else None
-        losses = self._parallel(batch.query, keys, rows, masked_key, saliency, weight, gathering is None)
+        losses = self._parallel(batch.query, keys, rows, masked_key, saliency, weight, total, gathering is None)
         return RankLosses(*losses), keys, empty
 
     def _embed_here(self, key: Tensor, key_mask: Tensor | None, order: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -258,15 +263,16 @@ class _Region(nn.Module):
         masked_key: Tensor | None,
         saliency: Tensor | None,
         weight: Tensor | None,
+        total: Tensor | None,
         sharded: bool,
     ) -> RankLosses:
         """Arguments as for ``forward.query_losses``."""
         arguments = (self.query, query, keys, queue, masked_key, saliency, weight, *self._settings)
-        return self._losses(*arguments, groups=self._groups, sharded=sharded)
+        return self._losses(*arguments, groups=self._groups, total=total, sharded=sharded)
 
 
-def _rank_losses(*arguments: Any, groups: int, sharded: bool) -> RankLosses:
-    losses = query_losses(*arguments, groups=groups, across_ranks=True, sharded=sharded)
+def _rank_losses(*arguments: Any, **options: Any) -> RankLosses:
+    losses = query_losses(*arguments, **options)
     return RankLosses(
         losses.loss, losses.loss_moco, losses.loss_cast, losses.accuracy, losses.cast_samples, losses.zero_cam
     )

@@ -23,6 +23,7 @@ import torch._dynamo
 import torch.distributed as dist
 from tiny_encoder import STRIDE, tiny_encoder
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from cast_fast import distributed
 from cast_fast.data.batch import Batch, random_batch
@@ -388,13 +389,13 @@ def everything(world: World) -> dict[str, Any]:
 
 
 def compiled(world: World, backend: str = "aot_eager") -> dict[str, Any]:
-    """The compiled step with small buckets, the eager one beside it, and how many graphs were compiled."""
+    """The compiled step with small buckets, the eager one beside it, how many graphs were compiled, and their order."""
     case = Case("compiled", key_bn="shuffle", query_bn="sync", exchange="reduce", queue_size=24, wide=True, groups=3)
-    graphs = []
+    graphs: list[list[tuple[str, str]]] = []
     lower = torch._dynamo.lookup_backend(backend)
 
     def counting(graph: Any, inputs: Any) -> Any:
-        graphs.append(graph)
+        graphs.append(consecutive_collectives(graph.graph))
         return lower(graph, inputs)
 
     original = torch.compile
@@ -403,7 +404,25 @@ def compiled(world: World, backend: str = "aot_eager") -> dict[str, Any]:
         found = trajectory(dataclasses.replace(case, compile=True), world)
     finally:
         torch.compile = original
-    return {"compiled": found, "eager": trajectory(case, world), "graphs": len(graphs)}
+    pairs = [pair for graph in graphs for pair in graph]
+    return {"compiled": found, "eager": trajectory(case, world), "graphs": len(graphs), "pairs": pairs}
+
+
+def consecutive_collectives(graph: Graph) -> list[tuple[str, str]]:
+    """Each collective of a graph that follows another: its name, and ``"fixed"`` if it needs that one's result."""
+    pairs, before = [], None
+    for node in graph.nodes:
+        if not str(node.target).startswith("cast_fast."):
+            continue
+        needed, found = [node], set()
+        while needed:
+            one = needed.pop()
+            found.add(one)
+            needed += [source for source in one.all_input_nodes if source not in found]
+        if before is not None:
+            pairs.append((node.args[1], "fixed" if before in found else "free"))
+        before = node
+    return pairs
 
 
 def compiled_by_inductor(world: World) -> dict[str, Any]:
