@@ -196,8 +196,8 @@ export HEAD
 export PET_SIGNALS_TO_HANDLE={FORWARDED_SIGNALS}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT={max(30, job.notice - 30)}
 export OMP_NUM_THREADS={max(1, job.cpus // job.gpus)}
-# A lost peer ends the collective with an error instead of hanging until the time limit.
-export TORCH_NCCL_ASYNC_ERROR_HANDLING=1
+# Since Slurm 22.05 srun does not take this over from sbatch by itself, and a step without it has one core.
+export SRUN_CPUS_PER_TASK={job.cpus}
 # Set NCCL_SOCKET_IFNAME and NCCL_IB_HCA here where a node has several networks; NCCL_DEBUG=INFO shows what it took.
 
 noticed=0

@@ -40,6 +40,7 @@ def test_script_is_valid_bash_and_carries_every_setting(tmp_path: Path) -> None:
     ):
         assert f"#SBATCH {line}" in text
     assert "--account" not in text
+    assert "\nexport SRUN_CPUS_PER_TASK=64\n" in text and "#SBATCH --cpus-per-task=64" in text
     assert "SIGUSR1" in text and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=270" in text
     command = launch.node_command(text)
     assert "source env && exec torchrun" in command
