@@ -13,10 +13,11 @@ folder are flushed to the disk, and one rename makes the checkpoint appear. So a
 moment, on any rank, ``step-N`` is either complete or not there. Reading does not trust ``last``: it takes the newest
 folder whose hashes agree, and says loudly what it passed over. No file is a pickle, and none is unpickled.
 
-torch.distributed.checkpoint shares out the work among ranks: see ``cast_fast.checkpoint_storage``. A checkpoint can be
-read by any number of processes.
+torch.distributed.checkpoint shares out the work among ranks: see ``checkpoint_storage``, which is imported only where
+tensors are written or read, because that takes a while. ``checkpoint_state`` is what stands in the files. A checkpoint
+can be read by any number of processes.
 
-One run at a time may write into a run folder: hold ``exclusive`` while training.
+One run at a time may write into a run folder: hold ``run_folder.locked_run`` while training.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import hashlib
 import importlib.metadata
 import io
@@ -35,21 +35,22 @@ import os
 import platform
 import re
 import shutil
+import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from cast_fast import __version__, distributed
+from cast_fast.checkpoint_state import Entry, Part, Sink, check_files, decode, encode, parse_entries
 from cast_fast.errors import UserError
+from cast_fast.files import remove_parts, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.api import CheckpointException
-
-    from cast_fast.checkpoint_storage import Entry, Sink
 
 logger = logging.getLogger("cast_fast")
 
@@ -61,7 +62,7 @@ CONFIG = "config.json"
 STATE = "state.json"
 LAST = "last"
 
-_STEP_NAME = re.compile(r"step-(\d+)")
+_STEP_NAME = re.compile(r"step-(0|[1-9][0-9]*)")
 _TEMPORARY = ".tmp-"
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CHUNK = 1 << 20
@@ -69,18 +70,6 @@ _CHUNK = 1 << 20
 
 class DamagedCheckpoint(Exception):
     """A checkpoint is incomplete, altered or unreadable; the message names the file and the damage."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """This rank's block of a tensor that the ranks hold together; their blocks fill it without overlap."""
-
-    tensor: torch.Tensor
-    """The block."""
-    offsets: tuple[int, ...]
-    """Where it begins in the whole tensor, a number a dimension."""
-    size: tuple[int, ...]
-    """Shape of the whole tensor."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,7 +111,7 @@ def save(
     """Writes ``RUN/checkpoints/step-N`` so that it is complete or absent, then points ``last`` at it.
 
     Args:
-        run: the run folder, which all ranks see; rank 0 holds its ``exclusive`` lock.
+        run: the run folder, which all ranks see; rank 0 holds its lock.
         step: optimizer steps done, N.
         state: made of tensors, ``Part`` and plain values (numbers, strings, None, lists, tuples, dicts). On many ranks
             a tensor is the same on each rank that has it and is written by one of them, a ``Part`` by the rank that
@@ -150,7 +139,7 @@ def save(
         raise ValueError(f"keep: got {keep}, expected at least 1")
     if step < 0:
         raise ValueError(f"step: got {step}, expected at least 0")
-    values, tensors = checkpoint_storage.encode(state)
+    values, tensors = encode(state)
     main = group is None or distributed.rank() == 0
     folder = Path(run) / FOLDER
     final = folder / f"step-{step}"
@@ -188,11 +177,11 @@ def save(
         manifest = {"format": FORMAT, "step": step, "fingerprint": fingerprint, "versions": versions(), "files": files}
         manifest["sha256"] = _digest(manifest)
         write(MANIFEST, _text(json.dumps(manifest, indent=2)))
-        _sync_folder(temporary)
+        sync_folder(temporary)
         if final.exists():
             _set_aside(final)
         os.rename(temporary, final)
-        _sync_folder(folder)
+        sync_folder(folder)
         _point_last_at(folder, final.name)
         _prune(folder, step, keep)
 
@@ -398,23 +387,8 @@ def _write(path: Path, write: Callable[[Sink], object]) -> dict[str, Any]:
     return sink.record()
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flushes a folder's entries; file systems that cannot (some network ones) say EINVAL and need not."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
 def _point_last_at(folder: Path, name: str) -> None:
-    temporary = folder / f"{_TEMPORARY}{LAST}"
-    _write(temporary, _text(name + "\n"))
-    os.replace(temporary, folder / LAST)
-    _sync_folder(folder)
+    write_whole(folder / LAST, name + "\n", durable=True)
 
 
 def _prune(folder: Path, newest: int, keep: int) -> None:
@@ -434,6 +408,7 @@ def _prune(folder: Path, newest: int, keep: int) -> None:
 
 def _remove_temporaries(folder: Path) -> None:
     """Removes what dead runs left; a live one cannot be there, because the caller holds the run's lock."""
+    remove_parts(folder)
     for entry in folder.iterdir():
         if entry.name.startswith(_TEMPORARY):
             if entry.is_dir() and not entry.is_symlink():
@@ -458,32 +433,6 @@ def _is_same(path: Path, fingerprint: str) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def exclusive(run: Path) -> Iterator[None]:
-    """Holds the run folder's lock; the operating system releases it when the process ends, however it ends.
-
-    Raises:
-        UserError: another process holds it.
-    """
-    path = Path(run) / ".lock"
-    with open(path, "a+b") as handle:
-        try:
-            # Record locks are not inherited by forked children, so an orphan cannot keep a dead run's folder locked.
-            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EACCES, errno.EAGAIN):
-                logger.warning("no lock on %s (%s): make sure that only one process trains in this folder", run, error)
-            else:
-                handle.seek(0)
-                owner = handle.read().decode(errors="replace").strip() or "unknown"
-                raise UserError(f"--out {run}: another process is training in this folder ({owner})") from None
-        else:
-            handle.truncate(0)
-            handle.write(f"process {os.getpid()} on {platform.node()}\n".encode())
-            handle.flush()
-        yield
-
-
 def steps(run: Path) -> list[int]:
     """Steps of the checkpoint folders of a run, newest first, not verified."""
     folder = Path(run) / FOLDER
@@ -500,8 +449,6 @@ def describe(path: Path) -> Checkpoint:
         DamagedCheckpoint: a file is missing, truncated or altered, or is not what this module writes.
         UserError: it may not be read, or is in another version of the layout.
     """
-    from cast_fast import checkpoint_storage
-
     path = Path(path)
     manifest = _verify(path)
     try:
@@ -512,13 +459,13 @@ def describe(path: Path) -> Checkpoint:
     try:
         content = json.loads(_read(path, STATE))
         _require(isinstance(content, dict) and set(content) == {"values", "tensors"}, "not a state")
-        entries = checkpoint_storage.parse_entries(content["tensors"], manifest["files"])
+        entries = parse_entries(content["tensors"], manifest["files"])
         blank = {name: torch.empty(entry.size, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
-        state = checkpoint_storage.decode(content["values"], blank)
+        state = decode(content["values"], blank)
     except (ValueError, RecursionError) as error:
         raise DamagedCheckpoint(f"{path.name}/{STATE}: {error}") from error
     try:
-        checkpoint_storage.check_files(path, entries)
+        check_files(path, entries)
     except ValueError as error:
         raise DamagedCheckpoint(f"{path.name}/{error}") from error
     except OSError as error:
@@ -546,7 +493,7 @@ def read(described: Checkpoint, group: Any = None) -> Checkpoint:
         tensors = checkpoint_storage.load(described.path, described._entries, group)
     except CheckpointException as error:
         _raise_for_rank(error, group, lambda cause: f"cannot read {described.path}: {cause.strerror or cause}")
-    return dataclasses.replace(described, state=checkpoint_storage.decode(described._values, tensors))
+    return dataclasses.replace(described, state=decode(described._values, tensors))
 
 
 def load(path: Path) -> Checkpoint:
@@ -628,12 +575,12 @@ def _verify(path: Path) -> dict[str, Any]:
     if path.name != f"step-{manifest['step']}":
         raise DamagedCheckpoint(f"{path.name}: its manifest says step {manifest['step']}")
     for name, record in manifest["files"].items():
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name:
             raise DamagedCheckpoint(f"{path.name}/{MANIFEST}: {name!r} is no plain file name")
-        size, digest = _measure(path, name)
+        size = _size(path, name)
         if size != record.get("size"):
             raise DamagedCheckpoint(f"{path.name}/{name}: {size} bytes, expected {record.get('size')}")
-        if digest != record.get("sha256"):
+        if _hash(path, name) != record.get("sha256"):
             raise DamagedCheckpoint(f"{path.name}/{name}: altered (its SHA-256 differs)")
     return manifest
 
@@ -651,21 +598,31 @@ def _unreadable(path: Path, name: str, error: OSError) -> Exception:
     return DamagedCheckpoint(f"{path.name}/{name}: {error.strerror or error}")
 
 
+def _size(path: Path, name: str) -> int:
+    """Size of a file that can be read to its end: no pipe, no device."""
+    try:
+        status = (path / name).stat()
+    except OSError as error:
+        raise _unreadable(path, name, error) from error
+    if not stat.S_ISREG(status.st_mode):
+        raise DamagedCheckpoint(f"{path.name}/{name}: not a regular file")
+    return status.st_size
+
+
 def _read(path: Path, name: str) -> bytes:
+    _size(path, name)
     try:
         return (path / name).read_bytes()
     except OSError as error:
         raise _unreadable(path, name, error) from error
 
 
-def _measure(path: Path, name: str) -> tuple[int, str]:
+def _hash(path: Path, name: str) -> str:
     digest = hashlib.sha256()
-    size = 0
     try:
         with io.FileIO(path / name) as handle:
             while chunk := handle.read(_CHUNK):
                 digest.update(chunk)
-                size += len(chunk)
     except OSError as error:
         raise _unreadable(path, name, error) from error
-    return size, digest.hexdigest()
+    return digest.hexdigest()

@@ -14,6 +14,7 @@ import os
 import platform
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -32,6 +33,16 @@ def shown(path: object) -> str:
     """A path as text for one line: as it is when printable, else with escapes."""
     text = str(path)
     return text if text.isprintable() else ascii(text)
+
+
+def folder_fault(folder: Path) -> str | None:
+    """Why a folder cannot be read from, for one line; None for one that can be looked into."""
+    try:
+        return None if stat.S_ISDIR(folder.stat().st_mode) else "is not a folder"
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    except OSError as error:
+        return f"cannot be read: {error.strerror or error}"
 
 
 def _part_in(folder: Path) -> Path:

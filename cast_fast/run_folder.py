@@ -14,6 +14,7 @@ from cast_fast import checkpoint
 from cast_fast.config import PretrainConfig, differing_fields, flag
 from cast_fast.data import layout
 from cast_fast.errors import UserError
+from cast_fast.files import exclusive, remove_parts
 
 logger = logging.getLogger("cast_fast")
 
@@ -38,9 +39,13 @@ def check_run_folder(run: Path, config: PretrainConfig, processes: int) -> None:
     Raises:
         UserError: with the reason.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"--out: got the file {run}, expected a folder")
-    if not holds_run(run):
+    try:
+        if run.exists() and not run.is_dir():
+            raise UserError(f"--out: got the file {run}, expected a folder")
+        begun_already = holds_run(run)
+    except OSError as error:
+        raise UserError(f"--out: cannot read {error.filename or run}: {error.strerror or error}") from error
+    if not begun_already:
         if config.resume:
             logger.info("--resume: %s holds no run yet, starting a new one", run)
         return
@@ -64,8 +69,10 @@ def read_run_config(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content["config"], dict) and isinstance(content["starts"], list):
-            return content
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            counts = [start.get(name, 1) for start in content["starts"] for name in ("processes", "batch_norm_groups")]
+            if all(type(count) is int and count > 0 for count in counts):
+                return content
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error!r}; move it away to go by the checkpoints alone") from error
     raise UserError(f"cannot read {path}: not written by cast_fast; move it away to go by the checkpoints alone")
 
@@ -126,7 +133,11 @@ def require_same_config(
     Raises:
         UserError: with the changes.
     """
-    saved = dataclasses.replace(PretrainConfig.from_json(settings), batch_norm_groups=now.batch_norm_groups)
+    try:
+        begun = PretrainConfig.from_json(settings)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"--resume: {where} holds no settings of cast_fast: {error}") from error
+    saved = dataclasses.replace(begun, batch_norm_groups=now.batch_norm_groups)
     before, after = saved.batch * processes.get("processes", 1), now.batch * now_processes
     if before != after and (now_processes > 1 or processes.get("processes", 1) > 1):
         raise UserError(
@@ -155,7 +166,7 @@ def require_same_dataset(saved: dict[str, Any], dataset: layout.Dataset) -> None
 
 @contextlib.contextmanager
 def locked_run(run: Path) -> Iterator[None]:
-    """Creates the run folder if need be and holds its lock.
+    """Creates the run folder if need be, holds its lock, and removes what a killed run left half-written.
 
     Raises:
         UserError: it cannot be written to, or another process holds it.
@@ -163,7 +174,8 @@ def locked_run(run: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             run.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(checkpoint.exclusive(run))
+            stack.enter_context(exclusive(run / ".lock", f"--out {run}: another process is training in this folder"))
+            remove_parts(run)
         except OSError as error:
             raise UserError(f"--out: cannot write into {run}: {error.strerror or error}") from error
         yield

@@ -101,14 +101,14 @@ def everything(world: World, folder: str) -> dict[str, Any]:
     checkpoint.require_space = full
     found["no space"] = save(2)
     checkpoint.require_space = space
-    sync = checkpoint._sync_folder
+    sync = checkpoint.sync_folder
 
     def broken(_: Path) -> None:
         raise OSError(5, "Input/output error")
 
-    checkpoint._sync_folder = broken
+    checkpoint.sync_folder = broken
     found["broken end"] = save(2)
-    checkpoint._sync_folder = sync
+    checkpoint.sync_folder = sync
     found["after failures"] = names()
 
     found["next"] = save(2)

@@ -27,8 +27,9 @@ import torch
 from full_disk import full_disk
 from safetensors import safe_open
 
-from cast_fast import checkpoint, checkpoint_storage
+from cast_fast import checkpoint, checkpoint_state
 from cast_fast.errors import UserError
+from cast_fast.run_folder import locked_run
 
 CONFIG = {"arch": "resnet18", "seed": 3}
 
@@ -328,6 +329,7 @@ CRAFTED: dict[str, Any] = {
     "tag and key": lambda content: {**content, "values": {"!tuple": [], "a": 1}},
     "unknown tensor": lambda content: {**content, "values": {"!tensor": "model/other"}},
     "unhashable key": lambda content: {**content, "values": {"!pairs": [[[], 1]]}},
+    "unhashable in a key": lambda content: {**content, "values": {"!pairs": [[{"!tuple": [{"!tuple": [[]]}]}, 1]]}},
     "no pair": lambda content: {**content, "values": {"!pairs": [[1]]}},
     "tensors": lambda content: {**content, "tensors": []},
 }
@@ -350,6 +352,19 @@ CRAFTED_ENTRIES: dict[str, Any] = {
     },
     "other shape": {"size": [4, 3], "chunks": [{"file": "rank-0.safetensors", "offsets": [0, 0], "sizes": [4, 3]}]},
     "other type": {"dtype": "I32"},
+    "beyond 64 bits": {"size": [2**70], "chunks": [{"file": "rank-0.safetensors", "offsets": [0], "sizes": [2**70]}]},
+    "storage beyond 64 bits": {
+        "size": [2**62],
+        "chunks": [{"file": "rank-0.safetensors", "offsets": [0], "sizes": [2**62]}],
+    },
+    "empty beyond 64 bits": {
+        "size": [0, 2**63],
+        "chunks": [{"file": "rank-0.safetensors", "offsets": [0, 0], "sizes": [0, 2**63]}],
+    },
+    "strides beyond 64 bits": {
+        "size": [0, 2**62, 4],
+        "chunks": [{"file": "rank-0.safetensors", "offsets": [0] * 3, "sizes": [0, 2**62, 4]}],
+    },
 }
 
 
@@ -388,11 +403,11 @@ def test_blocks_fill_their_tensor(size: list[int], blocks: list[tuple[list[int],
     chunks = [{"file": "rank-0.safetensors", "offsets": offsets, "sizes": sizes} for offsets, sizes in blocks]
     content = {"a": {"dtype": "F32", "size": size, "chunks": chunks}}
     if good:
-        entry = checkpoint_storage.parse_entries(content, ["rank-0.safetensors"])["a"]
+        entry = checkpoint_state.parse_entries(content, ["rank-0.safetensors"])["a"]
         assert entry.to_json() == content["a"] and entry.size == tuple(size)
     else:
         with pytest.raises(ValueError, match="a: its blocks do not fill"):
-            checkpoint_storage.parse_entries(content, ["rank-0.safetensors"])
+            checkpoint_state.parse_entries(content, ["rank-0.safetensors"])
 
 
 def test_a_pickle_as_text_stays_text(tmp_path: Path) -> None:
@@ -431,6 +446,35 @@ def test_crafted_manifest_is_refused(tmp_path: Path, changes: dict[str, Any], me
     path = save(tmp_path, 1)
     rewrite_manifest(path, **changes)
     with pytest.raises(checkpoint.DamagedCheckpoint, match=f"step-1/manifest.json: .*{message}"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("name", ["step-007", "step-\u0663", "step-3 (copy)", "step-"])
+def test_folders_of_other_names_are_left_alone(tmp_path: Path, name: str) -> None:
+    shutil.copytree(save(tmp_path, 1), tmp_path / "checkpoints" / name)
+    found = checkpoint.find_last(tmp_path, set_aside=True)
+    assert found is not None and found.step == 1
+    assert names(tmp_path) == {"step-1", "last", name}
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "state.json", "rank-0.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_nothing_endless_is_read(tmp_path: Path, file: str, kind: str) -> None:
+    path = save(tmp_path, 1) / file
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(checkpoint.DamagedCheckpoint, match=f"step-1/{file}: not a regular file"):
+        checkpoint.describe(path.parent)
+
+
+def test_manifest_cannot_name_what_no_file_can_be_called(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    files = json.loads((path / "manifest.json").read_text())["files"]
+    rewrite_manifest(path, files={**files, "a\0b": {"sha256": "0", "size": 0}})
+    with pytest.raises(checkpoint.DamagedCheckpoint, match="no plain file name"):
         checkpoint.load(path)
 
 
@@ -517,7 +561,7 @@ WRITER = textwrap.dedent(
     import sys
     from pathlib import Path
     import torch
-    from cast_fast import checkpoint, checkpoint_storage
+    from cast_fast import checkpoint, checkpoint_storage  # imported before the first save is counted
 
     state = {"model": {str(i): torch.full((100_000,), float(i)) for i in range(100)}}
     print("ready", flush=True)
@@ -611,14 +655,14 @@ def test_one_process_a_run_folder(tmp_path: Path) -> None:
         """
         import sys
         from pathlib import Path
-        from cast_fast import checkpoint, checkpoint_storage
-        with checkpoint.exclusive(Path(sys.argv[1])):
+        from cast_fast.run_folder import locked_run
+        with locked_run(Path(sys.argv[1])):
             print("locked")
         """
     )
     command = [sys.executable, "-c", code, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    with checkpoint.exclusive(tmp_path):
+    with locked_run(tmp_path):
         refused = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert refused.returncode == 1 and refused.stdout == ""
     assert f"another process is training in this folder (process {os.getpid()} on" in refused.stderr
