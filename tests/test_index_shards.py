@@ -8,14 +8,16 @@ import os
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from cast_fast import cli
+from cast_fast.data import index_shards as indexing
 from cast_fast.data.index_shards import index_shards
-from cast_fast.data.layout import read_bytes
+from cast_fast.data.layout import Member, read_bytes
 from cast_fast.data.shards import scan_shards, verify
 from cast_fast.errors import UserError
 
@@ -152,6 +154,53 @@ def test_a_second_run_indexes_only_what_is_new(foreign: Path, tmp_path: Path, mo
 
     monkeypatch.setattr("cast_fast.data.children.start_child", forbidden)
     assert index_shards(foreign, out, workers=1).kept == 2
+
+
+def test_a_shard_that_changes_while_it_is_indexed_is_refused(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between its headers and its content, say while it is being copied."""
+    out = tmp_path / "index"
+    original = indexing.in_children
+
+    def copied_meanwhile(*arguments: Any) -> Any:
+        write(foreign / "train-1.tar", {"earlier.txt": bytes(5000)} | MORE)
+        return original(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "in_children", copied_meanwhile)
+        with pytest.raises(UserError, match=r"train-1\.tar changed while it was indexed"):
+            index_shards(foreign, out, workers=1)
+    summary = index_shards(foreign, out, workers=1)
+    assert (summary.kept, summary.samples) == (1, 3)
+    assert all(sample.image.read().startswith((b"\xff\xd8", b"\x89PNG")) for sample in scan_shards(out).samples)
+
+
+def test_indices_of_shards_that_are_gone_go(foreign: Path, tmp_path: Path) -> None:
+    index_shards(foreign, tmp_path / "index", workers=1)
+    (foreign / "train-1.tar").unlink()
+    index_shards(foreign, tmp_path / "index", workers=1)
+    assert {path.name for path in (tmp_path / "index").glob("shard*")} == {"shard-000000.json"}
+
+
+def test_names_in_shards_may_be_anything(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["a\nb.jpg", "c\udcff.jpg", "c\udcff.jpeg", "d\nd.jpg", "d\nd.png", "e.jpg"]
+    write(tmp_path / "shards" / "x.tar", {name: picture() for name in names})
+    assert cli.main(["prepare", str(tmp_path / "shards"), str(tmp_path / "index"), "--index-only"]) == 0
+    assert "duplicate-stem: 2" in capsys.readouterr().out
+    manifest = json.loads((tmp_path / "index" / "manifest.json").read_text())
+    assert all(reject["message"].isprintable() for reject in manifest["rejects"])
+    assert {sample.stem for sample in scan_shards(tmp_path / "index").samples} == {"a\nb", "e"}
+
+
+def test_a_class_that_cannot_be_read_is_a_fault(foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Member) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(Member, "read", failing)
+    summary = index_shards(foreign, tmp_path / "index", workers=1)
+    assert {fault.message for fault in summary.rejects} == {"cannot be read: Input/output error"}
+    assert summary.rejects
 
 
 def test_a_shard_that_changed_is_not_trained_on(foreign: Path, tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from cast_fast import cli
-from cast_fast.data import children, decode_check, layout
+from cast_fast.data import children, decode_check, layout, shards
+from cast_fast.data.index_shards import index_shards
 from cast_fast.data.layout import EMPTY_MAP, Dataset, Fault, default_manifest, read_labels, scan, usable
 from cast_fast.errors import UserError
 
@@ -180,6 +181,8 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     (root / "saliency" / "dangling.png").write_bytes(PNG)
     (root / "images" / "linked.jpg").symlink_to(root / "images" / "plain.jpg")
     (root / "saliency" / "linked.png").symlink_to(root / "saliency" / "plain.png")
+    (root / "images" / "circle.jpg").symlink_to(root / "images" / "circle.jpg")
+    (root / "saliency" / "circle.png").write_bytes(PNG)
     os.mkfifo(root / "images" / "fifo.jpg")
     (root / "saliency" / "fifo.png").write_bytes(PNG)
     for hidden in (".hidden.jpg", ".thumbs/small.jpg", "readme.txt", "movie.mp4"):
@@ -209,7 +212,8 @@ def test_special_files_are_faults_and_never_opened(mixed: Dataset) -> None:
     assert found["both_maps.PNG"].kind == "duplicate-stem" and "both_maps.png" in found["both_maps.PNG"].message
     assert found["dangling.jpg"].kind == "unreadable" and "link to nothing" in found["dangling.jpg"].message
     assert found["fifo.jpg"].kind == "unreadable" and "regular file" in found["fifo.jpg"].message
-    assert len(mixed.faults) == len(BROKEN) + 4
+    assert found["circle.jpg"].kind == "unreadable" and "levels of symbolic links" in found["circle.jpg"].message
+    assert len(mixed.faults) == len(BROKEN) + 5
 
 
 def test_intact_files_are_samples_in_the_order_of_their_stems(mixed: Dataset) -> None:
@@ -505,6 +509,35 @@ def test_validate_reports_a_users_mistake_in_one_line(tmp_path: Path, capsys: py
     listing = str(tmp_path / "absent" / "list")
     assert cli.main(["validate", "--images", str(images), "--out", listing, "--workers", "1"]) == 2
     assert "cannot write" in capsys.readouterr().err
+
+
+def test_folders_that_may_not_be_read(tmp_path: Path, no_decoder: None) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs to be root, to become somebody else")
+    images, saliency = build(tmp_path)
+    tmp_path.chmod(0o700)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(UserError, match=r"--images: .*images cannot be read: Permission denied"):
+            scan(images, saliency)
+        with pytest.raises(UserError, match=r"--data: .*images cannot be read: Permission denied"):
+            shards.scan_shards(images)
+        with pytest.raises(UserError, match=r"SHARDS: .*images cannot be read: Permission denied"):
+            index_shards(images, tmp_path / "index")
+    finally:
+        os.seteuid(0)
+
+
+@pytest.mark.parametrize("kind", ["image", "map", "map-npy"])
+def test_a_file_that_is_larger_than_any_picture_is_not_read(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open(tmp_path / "huge", "wb") as file:
+        file.truncate(2**40)
+    monkeypatch.setattr(decode_check, "_MAX_BYTES", 1000)
+    for place in ((), (512, 2**39)):
+        reply = decode_check._answer((kind, str(tmp_path / "huge"), *place), 0)
+        assert (reply["kind"], reply["message"]) == ("too-large", "has more than 1000 bytes")
 
 
 def test_names_that_are_not_utf8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

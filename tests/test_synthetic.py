@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from full_disk import full_disk
+from killed import environment, killed_at_rename
 from PIL import Image
 
 from cast_fast import cli
@@ -17,6 +20,7 @@ from cast_fast.data.synthetic import OWN_BACKGROUND, identity, make_scene, write
 from cast_fast.data.synthetic_backgrounds import BACKGROUNDS
 from cast_fast.data.synthetic_objects import CLASSES, Pose, Sprite
 from cast_fast.errors import UserError
+from cast_fast.files import exclusive
 
 SMALL = (160, 120)
 
@@ -241,9 +245,43 @@ def test_foreign_and_different_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already holds 2 scenes"):
         write_dataset(made, 1, seed=0, size=SMALL, workers=1)
     assert contents(made) == before
-    (made / "demo.json").write_text("{")
-    with pytest.raises(UserError, match=r"demo\.json is damaged"):
-        write_dataset(made, 2, seed=0, size=SMALL, workers=1)
+    for content in ("{", "[]", '{"count": "2"}', '{"count": 1e999}', "[" * 100_000):
+        (made / "demo.json").write_text(content)
+        with pytest.raises(UserError, match=r"demo\.json is damaged"):
+            write_dataset(made, 2, seed=0, size=SMALL, workers=1)
+
+
+def test_a_killed_call_is_completed_by_the_next(tmp_path: Path) -> None:
+    """SIGKILL in place of each rename, the record's among them."""
+    whole = contents(write_dataset(tmp_path / "whole", 2, seed=0, size=SMALL, workers=1))
+    for number in range(1, 20):
+        out = tmp_path / str(number)
+        if not killed_at_rename(number, "demo-data", out, "--count", 2, "--size", "160x120", "--workers", 1):
+            break
+        assert len(list(out.rglob(".cast-fast-*.part"))) == 1
+        assert contents(write_dataset(out, 2, seed=0, size=SMALL, workers=1)) == whole
+    assert number == 8  # the record, two maps and images, the labels and the preview
+
+
+def test_two_calls_do_not_write_one_folder(tmp_path: Path) -> None:
+    made = write_dataset(tmp_path / "made", 1, seed=0, size=SMALL, workers=1)
+    before = contents(made)
+    command = [sys.executable, "-m", "cast_fast", "demo-data", made, "--count", "2", "--size", "160x120"]
+    with exclusive(made / ".cast-fast.lock", "this test"):
+        result = subprocess.run(command, capture_output=True, text=True, env=environment())
+    assert result.returncode == 2 and "in use by another cast-fast demo-data (process" in result.stderr
+    assert contents(made) == before
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    """Also where the terminal takes UTF-8 alone."""
+    out = tmp_path / "a\nb\udcff"
+    command = [sys.executable, "-m", "cast_fast", "demo-data", out, "--count", "1", "--size", "160x120"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, env={**environment(), "PYTHONIOENCODING": "utf-8:strict"}
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1 and r"a\nb\udcff/images" in result.stdout
 
 
 @pytest.mark.parametrize(

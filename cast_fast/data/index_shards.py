@@ -42,7 +42,7 @@ from cast_fast.data.shard_folder import (
     writing,
 )
 from cast_fast.errors import UserError
-from cast_fast.files import shown
+from cast_fast.files import folder_fault, shown
 
 _IMAGES = {"jpg": "jpg", "jpeg": "jpg", "png": "png"}
 _MAPS = {"saliency.png": "png", "saliency.jpg": "jpg", "saliency.jpeg": "jpg", "saliency.npy": "npy"}
@@ -76,8 +76,8 @@ def index_shards(source: Path, out: Path, *, workers: int | None = None, progres
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers: got {workers}, expected at least 1")
-    if not source.is_dir():
-        raise UserError(f"SHARDS: {shown(source)} is {'not a folder' if source.exists() else 'missing'}")
+    if (fault := folder_fault(source)) is not None:
+        raise UserError(f"SHARDS: {shown(source)} {fault}")
     if out.exists() and out.resolve() == source.resolve():
         raise UserError(f"SHARDS and INDEX are the same folder, {shown(source)}")
     source = source.resolve()

@@ -33,7 +33,7 @@ from cast_fast.data.children import in_children
 from cast_fast.data.decode_check import Reply, check, map_fits
 from cast_fast.data.progress import show_progress
 from cast_fast.errors import UserError
-from cast_fast.files import remove_parts, shown, write_whole
+from cast_fast.files import folder_fault, remove_parts, shown, write_whole
 
 HELP = "decode every image and map of a dataset and list the faults"
 
@@ -181,7 +181,7 @@ def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[
         for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
+            if _is_folder(entry):
                 descend(folder / entry.name, f"{below}{entry.name}/", above | {identity})
                 continue
             base, suffix = os.path.splitext(entry.name)
@@ -201,6 +201,15 @@ def _walk(root: Path, suffixes: frozenset[str], leave_out: Path | None) -> dict[
     return found
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        return False  # a link that leads back to itself: `_stat` names it, if it has a picture's name
+
+
 def _folder_id(folder: Path) -> tuple[int, int]:
     status = folder.stat()
     return status.st_dev, status.st_ino
@@ -211,7 +220,8 @@ def _stat(root: Path, name: str) -> FoundFile | Fault:
     try:
         status = path.stat()
     except OSError as error:
-        reason = "is a link to nothing" if path.is_symlink() else f"cannot be read: {error.strerror}"
+        dangling = isinstance(error, FileNotFoundError) and path.is_symlink()
+        reason = "is a link to nothing" if dangling else f"cannot be read: {error.strerror}"
         return Fault(path, "unreadable", reason)
     if not stat.S_ISREG(status.st_mode):
         return Fault(path, "unreadable", "is not a regular file")
@@ -313,8 +323,8 @@ def find_pairs(images: Path, saliency: Path | None, *, leave_out: Path | None = 
         UserError: a folder is missing, cannot be listed or holds no image.
     """
     for flag, folder in (("--images", images), ("--saliency", saliency)):
-        if folder is not None and not folder.is_dir():
-            raise UserError(f"{flag}: {shown(folder)} is {'not a folder' if folder.exists() else 'missing'}")
+        if folder is not None and (fault := folder_fault(folder)) is not None:
+            raise UserError(f"{flag}: {shown(folder)} {fault}")
     if saliency is not None and images.resolve() == saliency.resolve():
         raise UserError(f"--images and --saliency are the same folder, {shown(images)}")
     excluded = saliency if leave_out is None or not leave_out.is_dir() else leave_out

@@ -29,8 +29,9 @@ from urllib.parse import quote
 import numpy as np
 from numpy.typing import NDArray
 
-from cast_fast.data.layout import Dataset, Fault, Member, Sample, read_labels, shown
+from cast_fast.data.layout import Dataset, Fault, Member, Sample, read_labels
 from cast_fast.errors import UserError
+from cast_fast.files import folder_fault, shown
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -78,8 +79,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: there is none, or it is damaged or of another version, or ``prepare`` has not finished.
     """
-    if not folder.is_dir():
-        raise UserError(f"--data: {shown(folder)} is {'not a folder' if folder.exists() else 'missing'}")
+    if (fault := folder_fault(folder)) is not None:
+        raise UserError(f"--data: {shown(folder)} {fault}")
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_bytes())
