@@ -2,6 +2,7 @@
 
     python benchmarks/loader.py [--device auto|cpu|cuda] [--images DIR --saliency DIR] [--batch N] [--size S]
                                 [--threads N] [--repeats N] [--lines A,B] [--max-seconds S] [--out DIR] [--quick]
+                                [--alone]
 
 Lines, all over the same files in the same order with the same windows and, but for albumentations, which draws its own
 from the same ranges, the same colour changes:
@@ -17,7 +18,7 @@ from the same ranges, the same colour changes:
     A ``torch.utils.data.DataLoader`` with as many worker processes as the others have threads: files decoded, cropped,
     resized, flipped and coloured by torchvision's v2 functions on uint8 tensors, or by OpenCV and albumentations.
 ``training`` (CUDA only)
-    What the loader takes from the GPU: the product's compiled step on one fixed batch, alone and with the product's
+    What the loader takes from the GPU: the product's default step on one fixed batch, alone and with the product's
     loader making a batch a step beside it. Only the step lies between the events that time it: waiting for a slow
     loader does not count, sharing the device with it does.
 
@@ -25,11 +26,19 @@ from the same ranges, the same colour changes:
     What the product's loader costs outside of DALI's thread pool, which is what more threads or a faster decoder do not
     make faster: it loads pictures of 32 pixels in batches of 256.
 
-Records: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included), ``loader_stage`` (CPU
-seconds an image of each stage, on the product's loader; of shards too, as ``packed-decode`` and so on),
+``--alone`` measures the loaders one at a time instead, each in a fresh process in which no other has been: round by
+round, one process a line (``native``, ``packed``, ``packed-256``, or what ``--lines`` names), one sample a process,
+taken over ALONE_TURNS turns without a pause. Lines that take turns in one process find each other's pictures in the
+caches of the processor and idle threads beside them; alone, a loader is as in training. Compare layouts by their CPU
+time an image: it depends least on what else the machine does. Records: ``loader_alone`` (images/s),
+``loader_alone_cpu`` (CPU seconds an image) and ``loader_alone_gain`` (a layout's images per CPU second over the
+folder's, by the processes of the same round).
+
+Records otherwise: ``loader`` (images/s), ``loader_cpu`` (CPU seconds an image, worker processes included),
+``loader_stage`` (CPU seconds an image of each stage, on the product's loader; of shards too, as ``packed-decode``),
 ``loader_windows`` (CPU seconds an image) and ``loader_windows_time`` (seconds an image) of the windows alone by
 ``numpy``, ``native`` and, on CUDA, ``cuda``, of maps that are decoded already, ``training_step`` (seconds a step,
-``alone`` and ``beside-loader``), ``loader_gpu_share`` (of the step's time beside the loader, by the medians) and
+``alone`` and ``beside-loader``), ``loader_gpu_share`` (of the step's time beside the loader, round by round) and
 ``loader_host`` (CPU seconds an image, ``folder-python`` and so on) with ``loader_host_bound`` (images/s). Stages
 are differences of pipelines that do more and more of the work, measured in the same rounds: draws (order and random
 numbers), read, decode, map (its decoding), windows, resize (the two views), targets (the two maps of the attention
@@ -39,13 +48,16 @@ kept for the next run.
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import importlib
 import importlib.util
+import json
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -82,6 +94,9 @@ HOST_BATCH, HOST_SIDE = 256, 32
 TURN = 4
 """Batches in one timed turn. Before it the lines that ran earlier are left to fill their queues, lest their CPU time be
 counted here, and as many untimed batches bring the line's own queue to its steady state."""
+ALONE = ("native", "packed", "packed-256")
+ALONE_TURNS = 8
+"""Turns of a process of ``--alone``, measured as one; one more, before, fills the queues."""
 _SEED = 0
 _PACKED = "packed-"
 _SHARED = ("to draws", "windows numpy", "windows cuda")
@@ -610,14 +625,17 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
     images = TURN * plan.batch
     running: dict[str, Callable[[], object]] = {}
     turns: dict[str, list[float]] = {}
-    cpu: dict[str, list[float]] = {}
-    timed: dict[str, list[float]] = {}
+    cpu: dict[str, dict[int, float]] = {}
+    timed: dict[str, dict[int, float]] = {}
     lines = rate_lines(plan)
     rates = set(lines)
+    parts: dict[str, dict[str, harness.Line]] = {}
     if "native" in plan.lines or "numpy" in plan.lines:
-        lines |= stage_lines(plan)
+        parts[""] = stage_lines(plan)
         if "packed" in plan.lines and has_native():
-            lines |= stage_lines(plan, _PACKED)
+            parts[_PACKED] = stage_lines(plan, _PACKED)
+    for part in parts.values():
+        lines |= part
     outcomes: dict[str, harness.Outcome] = {}
 
     def prepare(name: str) -> Callable[[], object]:
@@ -629,8 +647,8 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
 
     def on_sample(name: str, repeat: int, seconds: Any) -> None:
         results.sample(name, repeat, seconds)
-        cpu.setdefault(name, []).append(turns[name][-1])
-        timed.setdefault(name, []).append(sum(seconds) / len(seconds))
+        cpu.setdefault(name, {})[repeat] = turns[name][-1]
+        timed.setdefault(name, {})[repeat] = sum(seconds) / len(seconds)
 
     def on_line(name: str, outcome: harness.Outcome) -> None:
         if name not in rates:
@@ -642,14 +660,14 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
             )
         )
         if isinstance(outcome, harness.Measurement):
-            outcomes[f"cpu {name}"] = add("loader_cpu", name, cpu[name])
+            outcomes[f"cpu {name}"] = add("loader_cpu", name, [*of_rounds(cpu[name]).values()], outcome.rounds)
 
-    def add(kind: str, name: str, seconds: list[float]) -> harness.Outcome:
-        measurement = harness.Measurement(tuple(seconds))
+    def add(kind: str, name: str, seconds: list[float], rounds: tuple[int, ...]) -> harness.Outcome:
+        measurement = harness.Measurement(tuple(seconds), rounds=rounds)
         results.add(results.record(kind, name, measurement, dtype="uint8", shape=plan.shape))
         return measurement
 
-    harness.interleave(
+    ended = harness.interleave(
         _logged(lines, running, turns, images),
         # The host's clock: a turn ends with a synchronisation, and CUDA events would miss the host's share.
         device=torch.device("cpu"),
@@ -661,16 +679,32 @@ def measure(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
         on_sample=on_sample,
         on_line=on_line,
     )
-    for prefix in ("", _PACKED):
-        if f"{prefix}hand-over" not in cpu:
+    kept = {
+        name: (outcome.rounds, of_rounds(cpu[name]))
+        for name, outcome in ended.items()
+        if isinstance(outcome, harness.Measurement)
+    }
+    for name, outcome in ended.items():
+        if name not in rates and isinstance(outcome, harness.Failure):
+            say(f"{name}: failed, so that stages are missing: {outcome.reason}")
+    for prefix in parts:
+        needed = [*parts[prefix], *parts[""]]
+        if any(name not in kept for name in needed):
             continue
-        for name, seconds in stages(cpu, prefix).items():
-            outcomes[f"stage {prefix}{name}"] = add("loader_stage", prefix + name, seconds)
+        for name, seconds in stages({name: [*kept[name][1].values()] for name in needed}, prefix).items():
+            outcomes[f"stage {prefix}{name}"] = add("loader_stage", prefix + name, seconds, kept["to draws"][0])
     for name in ("windows numpy", "windows native", "windows cuda"):
-        if name in cpu:
-            outcomes[name] = add("loader_windows", name.split()[1], cpu[name])
-            add("loader_windows_time", name.split()[1], [seconds / images for seconds in timed[name]])
+        if name in kept:
+            rounds, seconds = kept[name]
+            outcomes[name] = add("loader_windows", name.split()[1], [*seconds.values()], rounds)
+            elapsed = [seconds / images for seconds in of_rounds(timed[name]).values()]
+            add("loader_windows_time", name.split()[1], elapsed, rounds)
     return outcomes
+
+
+def of_rounds(turns: dict[int, float]) -> dict[int, float]:
+    """A line's values without that of its first turn, as ``harness.interleave`` has it, unless there is no other."""
+    return {number: value for number, value in turns.items() if number or len(turns) == 1}
 
 
 def measure_host(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
@@ -796,11 +830,11 @@ def measure_training(
 
 
 def gpu_share(outcomes: dict[str, harness.Outcome]) -> float | None:
-    """Share of the step's time that the loader running beside it costs, by the medians; None where one is missing."""
+    """Share of the step's time that the loader running beside it costs, round by round; None where one is missing."""
     alone, beside = (outcomes.get(f"{TRAINING} {name}") for name in ("alone", "beside-loader"))
     if not isinstance(alone, harness.Measurement) or not isinstance(beside, harness.Measurement):
         return None
-    return 1 - alone.median / beside.median
+    return 1 - harness.speed_ratio(beside, alone).value
 
 
 def training(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]:
@@ -809,7 +843,8 @@ def training(plan: Plan, results: harness.Results) -> dict[str, harness.Outcome]
     loader = None
     try:
         loader = product_loader(plan)
-        return measure_training(plan, results, ladder.build("kernels", plan.step).run, loader)
+        line = ladder.build(ladder.default_line(plan.step), plan.step)
+        return measure_training(plan, results, line.run, loader)
     except Exception as error:  # what was measured before is reported all the same
         return dict.fromkeys((f"{TRAINING} alone", f"{TRAINING} beside-loader"), harness.describe(error))
     finally:
@@ -856,7 +891,7 @@ def show(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outco
         bars.append(harness.Bar(name, rate, low, high, note=note, group=int(name in PEERS)))
     where = results.environment.device
     title = f"Loader on {where}: {plan.size} pixels, batch {plan.batch}, {plan.threads} threads"
-    notes = packed_notes(outcomes) + training_notes(plan, outcomes)
+    notes = harness.load_note(results.environment) + packed_notes(outcomes) + training_notes(plan, outcomes)
     harness.print_table(title, ["line", "images/s", "p20–p80", "CPU ms an image"], rows, notes)
     show_host(outcomes)
     for prefix, whose in (("", ""), (_PACKED, ", of shards")):
@@ -929,8 +964,124 @@ def packed_notes(outcomes: dict[str, harness.Outcome]) -> list[str]:
     for name in ("packed", "packed-256"):
         outcome = outcomes.get(f"cpu {name}")
         if isinstance(folder, harness.Measurement) and isinstance(outcome, harness.Measurement):
-            notes.append(f"{name}: {folder.median / outcome.median:.2f}× the folder's CPU rate")
+            ratio = harness.speed_ratio(outcome, folder)
+            spread = "" if ratio.p20 is None else f" ({ratio.p20:.2f}–{ratio.p80:.2f})"
+            notes.append(f"{name}: {ratio.value:.2f}× the folder's CPU rate{spread}")
     return [f"{'; '.join(notes)} (goal: {GOALS['packed']:g}×)"] if notes else []
+
+
+def measure_one(plan: Plan, name: str) -> dict[str, float]:
+    """Seconds an image of a line that has this process for itself: ``elapsed`` and ``cpu``."""
+    run = rate_lines(plan)[name]()
+    run()
+    images = ALONE_TURNS * TURN * plan.batch
+    begin, cpu = time.perf_counter(), tree_cpu()
+    for _ in range(ALONE_TURNS):
+        run()
+    return {"elapsed": (time.perf_counter() - begin) / images, "cpu": (tree_cpu() - cpu) / images}
+
+
+def one_process(argv: list[str], name: str) -> dict[str, float]:
+    """``measure_one`` in a fresh process, which gets the flags of this one.
+
+    Raises:
+        RuntimeError: the process failed; the text is the last line that it wrote.
+    """
+    # stdout belongs to the libraries; a pipe of its own is for the answer. An interrupt ends that process as well.
+    receiving, sending = os.pipe()
+    with os.fdopen(receiving) as answer:
+        try:
+            command = [sys.executable, __file__, *argv, "--one", name, "--answer", str(sending)]
+            done = subprocess.run(command, pass_fds=[sending], stderr=subprocess.PIPE, text=True, errors="replace")
+        finally:
+            os.close(sending)
+        if done.returncode:
+            said = done.stderr.strip().splitlines() or ["no word"]
+            raise RuntimeError(f"its process ended with {done.returncode}: {said[-1]}")
+        return json.loads(answer.read())
+
+
+def measure_alone(
+    plan: Plan, results: harness.Results, one: Callable[[str], dict[str, float]]
+) -> dict[str, harness.Outcome]:
+    """Measures lines one at a time, each sample by a call of ``one``, and adds the records as rounds end.
+
+    Returns:
+        The outcomes, and under "cpu NAME" their CPU time.
+    """
+    names = [name for name in rate_lines(plan) if name in (*ALONE, *LINES)]
+    found: dict[str, dict[int, dict[str, float]]] = {name: {} for name in names}
+    outcomes: dict[str, harness.Outcome] = {}
+
+    def keep(name: str) -> None:
+        rounds = tuple(found[name])
+        outcome, cpu = (
+            harness.Measurement(tuple(sample[kind] for sample in found[name].values()), rounds=rounds)
+            for kind in ("elapsed", "cpu")
+        )
+        outcomes[name], outcomes[f"cpu {name}"] = outcome, cpu
+        record = functools.partial(results.record, dtype="uint8", shape=plan.shape)
+        results.add(record("loader_alone", name, outcome, unit="images/s", scale=lambda seconds: 1 / seconds))
+        results.add(record("loader_alone_cpu", name, cpu))
+        folder = outcomes.get("cpu native")
+        if name != "native" and isinstance(folder, harness.Measurement):
+            gain = harness.speed_ratio(cpu, folder)
+            if gain.rounds:
+                ratio = results.ratio(name, gain, dtype="uint8", shape=plan.shape)
+                results.add(dataclasses.replace(ratio, name="loader_alone_gain"))
+
+    for number in range(1, plan.repeats + 1):
+        if number > 1 and plan.deadline is not None and time.monotonic() >= plan.deadline:
+            break
+        for name in names:
+            if isinstance(outcomes.get(name), harness.Failure):
+                continue
+            try:
+                found[name][number] = one(name)
+            except Exception as error:  # any error belongs to its line; the others go on
+                failure = harness.describe(error)
+                say(f"{name}: failed: {failure.reason}")
+                outcomes[name] = failure
+                outcomes.pop(f"cpu {name}", None)
+                results.add(
+                    results.record("loader_alone", name, failure, dtype="uint8", shape=plan.shape, unit="images/s")
+                )
+                continue
+            keep(name)
+            say(f"round {number}, {name}: {found[name][number]['cpu'] * 1e3:.2f} ms CPU an image")
+    return outcomes
+
+
+def show_alone(plan: Plan, results: harness.Results, outcomes: dict[str, harness.Outcome]) -> None:
+    """Prints the table of ``--alone``."""
+    gains = {record.variant: record for record in results.records if record.name == "loader_alone_gain"}
+    rows = []
+    for name, outcome in outcomes.items():
+        if name.startswith("cpu "):
+            continue
+        if isinstance(outcome, harness.Failure):
+            rows.append([name, "–", outcome.reason, "", "", "", ""])
+            continue
+        cpu = outcomes[f"cpu {name}"]
+        assert isinstance(cpu, harness.Measurement)
+        low, middle, high = cpu.percentiles(lambda seconds: seconds * 1e3)
+        slow, rate, fast = outcome.percentiles(lambda seconds: 1 / seconds)
+        gain = gains.get(name)
+        rows.append(
+            [
+                name,
+                f"{middle:.2f}",
+                f"{low:.2f}–{high:.2f}",
+                "–" if gain is None else f"{gain.value:.2f} ({gain.p20:.2f}–{gain.p80:.2f})",
+                f"{rate:.4g}",
+                f"{slow:.4g}–{fast:.4g}",
+                str(len(outcome.seconds)),
+            ]
+        )
+    columns = ["line", "CPU ms an image", "p20–p80", "× folder per CPU time", "images/s", "p20–p80", "processes"]
+    title = f"Each loader alone on {results.environment.device}: {plan.size} pixels, batch {plan.batch}"
+    notes = [f"{plan.threads} threads; native is the folder; × folder: medians over rounds"]
+    harness.print_table(title, columns, rows, notes + harness.load_note(results.environment))
 
 
 def say(text: str) -> None:
@@ -938,8 +1089,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def parse(argv: list[str] | None) -> tuple[Plan, Path]:
-    """The plan and the output folder that the flags mean.
+def parse(argv: list[str] | None) -> tuple[Plan, argparse.Namespace]:
+    """The plan that the flags mean, and the flags.
 
     Raises:
         UserError: a value out of range, an unknown line, or a dataset with faults.
@@ -960,6 +1111,9 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
     parser.add_argument("--lines", metavar="A,B", help=f"only these, of {','.join(LINES)}")
     parser.add_argument("--max-seconds", type=float, metavar="S", help="start no further round after this")
     parser.add_argument("--quick", action="store_true", help="few scenes, small batches, two rounds")
+    parser.add_argument("--alone", action="store_true", help="each line in fresh processes, one at a time")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--answer", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("bench_out/loader"), metavar="DIR")
     begin = time.monotonic()
     args = parser.parse_args(argv)
@@ -982,12 +1136,14 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
             raise UserError(f"{flag}: got {value}, expected at least {low}")
     if not 0 <= args.blur <= 1:
         raise UserError(f"--blur: got {args.blur}, expected a probability")
-    lines = LINES
+    lines = ("native", "packed") if args.alone else LINES
     if args.lines is not None:
         lines = tuple(name.strip() for name in args.lines.split(",") if name.strip())
         for name in lines or ("",):
             if name not in LINES:
                 raise UserError(f"--lines: got {name!r}, expected some of {', '.join(LINES)}")
+    if args.alone and TRAINING in lines:
+        raise UserError(f"--lines: got {TRAINING} with --alone, expected loaders only")
     if (args.images is None) != (args.saliency is None):
         raise UserError("--images and --saliency: got one without the other, expected both or neither")
     images, saliency = args.images, args.saliency
@@ -1014,7 +1170,7 @@ def parse(argv: list[str] | None) -> tuple[Plan, Path]:
         step_settings(device, batch, args.size, quick=args.quick) if cuda and TRAINING in lines else None,
         deadline=None if args.max_seconds is None else begin + args.max_seconds,
     )
-    return plan, args.out
+    return plan, args
 
 
 def step_settings(device: torch.device, batch: int, size: int, *, quick: bool) -> ladder.Settings:
@@ -1046,18 +1202,30 @@ def run(argv: list[str] | None) -> int:
         print(f"loader.py: error: {fault}", file=sys.stderr)
         return EXIT_USER_ERROR
     try:
-        plan, out = parse(argv)
-        results = harness.open_results(out, harness.environment(plan.device))
+        plan, args = parse(argv)
+        if args.one is not None:
+            os.write(args.answer, json.dumps(measure_one(plan, args.one)).encode())
+            return 0
+        results = harness.open_results(args.out, harness.environment(plan.device))
     except UserError as error:
         print(f"loader.py: error: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    if args.alone:
+        if "packed" in plan.lines:  # here, so that no measured process does it
+            for short_side in (0, 256):
+                packed_dataset(plan, short_side)
+        flags = sys.argv[1:] if argv is None else argv
+        outcomes = measure_alone(plan, results, functools.partial(one_process, flags))
+        show_alone(plan, results, outcomes)
+        say(f"results: {args.out}")
+        return 1 if any(isinstance(outcome, harness.Failure) for outcome in outcomes.values()) else 0
     # Before what takes long, and may be cut off.
     outcomes = training(plan, results) if plan.step is not None else {}
     outcomes |= measure(plan, results)
     if "native" in plan.lines and "packed" in plan.lines:
         outcomes |= measure_host(plan, results)
     show(plan, results, outcomes)
-    say(f"results: {out}")
+    say(f"results: {args.out}")
     # A library that is not there is reported and is no failure of the benchmark.
     failed = [name for name in PRODUCT if isinstance(outcomes.get(name), harness.Failure)]
     untrained = plan.step is not None and gpu_share(outcomes) is None

@@ -134,8 +134,101 @@ def test_what_packing_saves_is_told_against_folders() -> None:
         name: harness.Measurement((seconds,)) for name, seconds in (("cpu native", 3.0), ("cpu packed-256", 1.5))
     }
     assert loader.packed_notes(outcomes) == ["packed-256: 2.00× the folder's CPU rate (goal: 1.5×)"]
+    rounds = (4, 5, 6)
+    outcomes["cpu native"] = harness.Measurement((4.0, 2.0, 2.0), rounds=rounds)
+    outcomes["cpu packed-256"] = harness.Measurement((2.0, 1.25, 0.5), rounds=rounds)
+    (note,) = loader.packed_notes(outcomes)  # of 2, 1.6 and 4
+    assert note == "packed-256: 2.00× the folder's CPU rate (1.76–3.20) (goal: 1.5×)"
     del outcomes["cpu native"]
     assert loader.packed_notes(outcomes) == []
+
+
+def test_a_line_is_kept_without_its_first_turn() -> None:
+    assert loader.of_rounds({0: 9.0}) == {0: 9.0}
+    assert loader.of_rounds({0: 9.0, 1: 2.0, 2: 1.0}) == {1: 2.0, 2: 1.0}
+
+
+def test_a_failed_stage_leaves_the_other_lines(
+    plan: loader.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = loader.stage_lines
+
+    def failing(plan: loader.Plan, prefix: str = "") -> dict[str, harness.Line]:
+        def build() -> Any:
+            calls = iter(range(100))
+
+            def run() -> float:
+                if next(calls) == 5:  # in its second round; a warm-up, then two calls a turn
+                    raise RuntimeError("no pictures")
+                return 0.0
+
+            return run
+
+        return {**lines(plan, prefix), "to resize": build}
+
+    monkeypatch.setattr(loader, "stage_lines", failing)
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    plan = dataclasses.replace(plan, lines=("numpy",), repeats=2)
+    outcomes = loader.measure(plan, results)
+    loader.show(plan, results, outcomes)
+    kinds = {record.name: record.rounds for record in results.records}
+    assert kinds.keys() == {"loader", "loader_cpu", "loader_windows", "loader_windows_time"}
+    assert set(kinds.values()) == {2}
+    assert "to resize: failed, so that stages are missing: RuntimeError: no pictures" in capsys.readouterr().err
+
+
+def test_loaders_alone_are_compared_by_rounds(
+    plan: loader.Plan, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One sample a process; a failing line ends alone."""
+    spent = {"native": [4e-3, 2e-3, 3e-3], "packed": [2e-3, 1.25e-3, 1e-3], "packed-256": [1e-3]}
+    asked: list[str] = []
+
+    def one(name: str) -> dict[str, float]:
+        asked.append(name)
+        if not spent[name]:
+            raise RuntimeError("its process ended with 1: no room")
+        cpu = spent[name].pop(0)
+        return {"elapsed": cpu / 2, "cpu": cpu}
+
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    plan = dataclasses.replace(plan, lines=("native", "packed"), repeats=3)
+    outcomes = loader.measure_alone(plan, results, one)
+    assert asked == [*loader.ALONE, *loader.ALONE, "native", "packed"]
+    rows = {(row["name"], row["variant"]): row for row in map(json.loads, results.path.read_text().splitlines())}
+    assert rows["loader_alone_cpu", "native"]["value"] == 3e-3
+    assert rows["loader_alone", "native"]["value"] == pytest.approx(2 / 3e-3)
+    assert rows["loader_alone", "native"]["rounds"] == rows["loader_alone_cpu", "packed"]["rounds"] == 3
+    gain = rows["loader_alone_gain", "packed"]  # of 2, 1.6 and 3
+    assert (gain["value"], gain["p20"], gain["rounds"]) == (2.0, pytest.approx(1.76), 3)
+    assert rows["loader_alone", "packed-256"]["value"] is None
+    loader.show_alone(plan, results, outcomes)
+    printed = capsys.readouterr()
+    assert "no room" in printed.out and "no room" in printed.err
+    assert "2.00 (1.76–2.60)" in printed.out
+
+
+def test_no_process_is_started_after_the_deadline(plan: loader.Plan, tmp_path: Path) -> None:
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    plan = dataclasses.replace(plan, lines=("native",), repeats=9, deadline=0.0)
+    asked: list[str] = []
+    loader.measure_alone(plan, results, lambda name: asked.append(name) or {"elapsed": 1.0, "cpu": 1.0})
+    assert asked == ["native"]
+
+
+def test_a_process_of_its_own_measures_a_line(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    flags = ["--images", scenes / "images", "--saliency", scenes / "saliency", "--out", tmp_path, "--device", "cpu"]
+    flags += ["--lines", "numpy", "--batch", 4, "--size", 64, "--threads", 1, "--repeats", 1, "--alone"]
+    assert loader.main([str(flag) for flag in flags]) == 0
+    rows = {row["name"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
+    assert rows.keys() == {"loader_alone", "loader_alone_cpu"}
+    assert all(row["value"] > 0 and row["rounds"] == 1 for row in rows.values())
+    assert "processes" in capsys.readouterr().out
+    with pytest.raises(RuntimeError, match=r"its process ended with 2: loader\.py: error: --batch: got 0"):
+        loader.one_process([*(str(flag) for flag in flags), "--batch", "0"], "numpy")
 
 
 def test_the_share_of_each_kind_of_thread(
@@ -210,7 +303,7 @@ def test_a_step_is_timed_alone_and_beside_the_loader(plan: loader.Plan, tmp_path
     outcomes = loader.measure_training(plan, results, lambda: events.append("step"), batches())
     alone = ["step"] * (loader.TURN + 2 * loader.TURN)
     beside = [*["step"] * loader.TURN, *["take", "step"] * (2 * loader.TURN)]
-    assert events == [*["step"] * 6, *(alone + beside) * 2]
+    assert events == [*["step"] * 6, *(alone + beside) * 3]  # a first turn and two rounds
     for name in ("alone", "beside-loader"):
         outcome = outcomes[f"training {name}"]
         assert isinstance(outcome, harness.Measurement) and len(outcome.seconds) == 4 * loader.TURN
@@ -294,6 +387,7 @@ def test_albumentations_does_the_same_kind_of_work(plan: loader.Plan) -> None:
     [
         (["--lines", "natiev"], "--lines: got 'natiev'"),
         (["--batch", "0"], "--batch: got 0"),
+        (["--alone", "--lines", "numpy,training"], "--lines: got training with --alone"),
         (["--blur", "2"], "--blur: got 2"),
         (["--images", "somewhere"], "--images and --saliency"),
         (["--images", "/nowhere", "--saliency", "/nowhere"], "/nowhere"),
