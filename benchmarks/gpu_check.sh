@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in phases, most valuable first; a call lasts at most nine minutes.
+# Everything that needs a GPU, in phases, most valuable first; a call lasts at most nine minutes, unless it is told to.
 #
 #   benchmarks/gpu_check.sh OUTDIR [--dry-run] [--only PHASE]... [--redo PHASE]...
 #
 # Each phase keeps its files and its log in OUTDIR/PHASE and writes OUTDIR/PHASE/status when it has ended; a later call
 # with the same OUTDIR skips what has ended and goes on. A phase cut off by the end of the call, or skipped for want of a
-# package, is started again by the next one. OUTDIR/report.md sums up all phases so far, and OUTDIR/gpu_check.tar.gz
-# holds the small files of all: unpack it into OUTDIR to go on elsewhere.
+# package, is started again by the next one; one that failed is, where --redo names it. After each phase OUTDIR/report.md
+# sums up all phases so far, and OUTDIR/gpu_check.tar.gz holds the small files of all: unpack it into OUTDIR to go on
+# elsewhere. Ctrl-C or SIGTERM ends the phase, writes both, and leaves the phase to the next call.
 #
-# A GPU for half an hour: the same call three times on the same machine, which keeps OUTDIR and the compilers' caches
-# (both lie outside of the tree), and after each bring home OUTDIR/report.md and OUTDIR/gpu_check.tar.gz.
+# A GPU of your own for half an hour: GPU_CHECK_SECONDS=1700 benchmarks/gpu_check.sh OUTDIR, with nothing else on it.
+# A borrowed one: the same call three times on the same machine, which keeps OUTDIR and the compilers' caches (both lie
+# outside of the tree), and after each bring home OUTDIR/report.md and OUTDIR/gpu_check.tar.gz.
 #   1. environment, ladder-256, tests: whether it works, and nearly every figure that the goals are stated for.
 #   2. kernels, profiles, sanitizers.
 #   3. with DALI on PYTHONPATH: end-to-end, native, loader; then the other batches and the largest.
@@ -33,7 +35,7 @@
 # the length of a call; TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR are obeyed.
 #
 # Exit code: 0 all phases have ended well, 1 all have ended and some failed, 2 wrong use, no CUDA device or a missing
-# package without which no phase runs, 75 phases are left for the next call.
+# package without which no phase runs, 75 phases are left for the next call, 130 interrupted.
 set -uo pipefail
 
 usage() { sed -n '4s/^#   /usage: /p' "$0"; }
@@ -117,7 +119,7 @@ absent=$("$python" -c "$probe" "${every_phase[@]}" pytest pytest_timeout hypothe
 case $? in
   0) ;;
   3) fail "torch finds no CUDA device here; --dry-run lists the phases" ;;
-  *) fail "$python has no torch; name another interpreter with PYTHON=…" ;;
+  *) fail "$python cannot import torch; name another interpreter with PYTHON=…" ;;
 esac
 absent=" ${absent//$'\n'/ } "
 absent_of() { local name; for name; do [[ $absent != *" $name "* ]] || printf '%s ' "$name"; done; }
@@ -156,10 +158,14 @@ ladder() { # folder seconds batch lines flags…
   # Most of a compilation is one thread of Python: all lines compile side by side, each in a process, and the ladder
   # then finds them in the cache. Five steps at batch 256 fit 80 GB together; what fails here is tried again there.
   export -f throughput
+  local ahead
   tr , '\n' <<<"$lines" | grep -E '^(trunk-|moco|kernels|streaming|groups|compiled)' |
     TORCHINDUCTOR_COMPILE_THREADS=4 timeout $((seconds * 3 / 5)) xargs -P 5 -I {} bash -c \
-      'throughput "$1" --compile-only --variants "$2" --out "$3"' - "$batch" {} "$folder" ||
-    echo "not every line could be compiled ahead; the ladder tries again"
+      'throughput "$1" --compile-only --variants "$2" --out "$3"' - "$batch" {} "$folder" &
+  ahead=$!
+  trap 'kill -TERM "$ahead"; exit 143' TERM # they have a process group of their own
+  wait "$ahead" || echo "not every line could be compiled ahead; the ladder tries again"
+  trap - TERM
   echo "compiled side by side in $((SECONDS - begin)) s"
   seconds=$((seconds - SECONDS + begin))
   throughput "$batch" --out "$folder" --variants "$lines" --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@" &&
@@ -183,8 +189,8 @@ phase_tests() {
     timeout --foreground --signal=INT $(($2 > 60 ? $2 - 30 : $2)) "$python" -m pytest -m gpu -q -rfEs -p no:cacheprovider \
     --continue-on-collection-errors --tb=short --durations=15 --junitxml "$1/junit.xml" "${workers[@]}" "${ignored[@]}"
 }
-all_lines=trunk-bound,moco,published-amp,published,kernels,streaming,groups,compiled,trunk-streaming,closed-form,one-pass
-few_lines=trunk-bound,moco,published-amp,kernels,streaming
+all_lines=trunk-bound,moco,published-amp,published,kernels,groups,streaming,compiled,trunk-streaming,closed-form,one-pass
+few_lines=trunk-bound,moco,published-amp,kernels,groups,streaming
 phase_ladder-256() { ladder "$1" "$2" 256 $all_lines; }
 phase_ladder-512() { ladder "$1" "$2" 512 $few_lines; }
 phase_ladder-128() { ladder "$1" "$2" 128 $few_lines; }
@@ -212,7 +218,7 @@ phase_memory() {
   batch=$("$python" benchmarks/report.py "$out" --largest-batch) || { echo "$batch"; return 77; }
   echo "largest batch expected to fit: $batch"
   while ((tries-- > 0)); do
-    throughput "$batch" --out "$1" --variants kernels --repeats 1 --max-seconds $(($2 - SECONDS + begin)) && return
+    throughput "$batch" --out "$1" --variants groups --repeats 1 --max-seconds $(($2 - SECONDS + begin)) && return
     batch=$((batch * 93 / 100 / 32 * 32))
     echo "it does not; trying $batch"
   done
@@ -230,12 +236,28 @@ phase_end-to-end() {
   needs nvidia.dali cv2 || return
   # Where it was not built before: without it the windows come from NumPy, which is slower.
   "$python" kernels/cast_kernels/dali_plugin.py build --optional
-  ladder "$1" "$2" 256 kernels,loader,end-to-end --repeats 5
+  ladder "$1" "$2" 256 groups,loader,end-to-end --repeats 5
 }
 phase_loader() {
   needs nvidia.dali cv2 || return
   "$python" benchmarks/loader.py --device cuda --repeats 3 --max-seconds $(($2 > 120 ? $2 - 60 : $2 / 2)) --out "$1"
 }
+
+# What else is on the GPU, and how hot and fast it is; before each phase, and after it.
+gpu_state() { # folder
+  nvidia-smi --query-gpu=timestamp,memory.used,utilization.gpu,clocks.sm,temperature.gpu,power.draw --format=csv,noheader \
+    2>/dev/null >>"$1/gpu.csv"
+}
+sum_up() {
+  "$python" benchmarks/report.py "$out" || echo "gpu_check.sh: no report could be written" >&2
+  (cd "$out" && find . -type d \( -name 'scenes-*' -o -name 'packed-*' -o -name 'tiny-*' \) -prune -o \
+    -type f -size -4M ! -name 'gpu_check.tar.gz*' -print0 | tar --null -czf gpu_check.tar.gz.part -T - &&
+    mv gpu_check.tar.gz.part gpu_check.tar.gz)
+}
+# timeout hands the signal on to what it runs, and kills that 10 s later.
+running="" interrupted=0
+stop() { interrupted=1; [[ -z $running ]] || kill -TERM "$running" 2>/dev/null; }
+trap stop INT TERM HUP
 
 left=0 failed=0
 for row in "${PHASES[@]}"; do
@@ -252,21 +274,37 @@ for row in "${PHASES[@]}"; do
     left=1
     continue
   fi
+  ((interrupted)) && exit 130
   allotted=$((remaining < limit ? remaining : limit))
   folder=$out/$name
   mkdir -p "$folder"
-  rm -f "$folder/status"
+  rm -f "$folder/status" "$folder/gpu.csv"
+  gpu_state "$folder"
   echo "== $name: $what (at most $allotted s)"
   begin=$SECONDS
+  set -m # else what runs in the background would ignore SIGINT, by which pytest is told to end
   (
     # timeout runs programs, not functions: it gets a shell that knows them.
     export -f ladder throughput complete sanitize has needs absent_of "phase_$name"
     export python out absent all_lines few_lines
-    timeout --signal=TERM --kill-after=10 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
-  ) >"$folder/log.txt" 2>&1
-  rc=$?
+    exec timeout --signal=TERM --kill-after=10 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
+  ) >"$folder/log.txt" 2>&1 </dev/null &
+  running=$!
+  set +m
+  while :; do # a signal ends wait before the phase has ended
+    wait "$running"
+    rc=$?
+    kill -0 "$running" 2>/dev/null || break
+  done
+  running=""
   took=$((SECONDS - begin))
+  gpu_state "$folder"
   tail -n 25 "$folder/log.txt"
+  if ((interrupted)); then
+    echo "== $name: interrupted after $took s; the next call starts it again"
+    sum_up
+    exit 130
+  fi
   case $rc in
     0) result="ok" ;;
     77) result="skipped: $(tail -n 1 "$folder/log.txt")" ;;
@@ -274,6 +312,7 @@ for row in "${PHASES[@]}"; do
       if ((allotted < limit)); then
         echo "== $name: cut off after $took s by the end of the call; the next call starts it again"
         left=1
+        sum_up
         continue
       fi
       result="failed: over its limit of $limit s; what it wrote before is kept" ;;
@@ -281,12 +320,12 @@ for row in "${PHASES[@]}"; do
   esac
   [[ $result =~ ^(ok|skipped) ]] || failed=1
   printf '%s\n%s s\n' "$result" "$took" >"$folder/status"
-  echo "== $name: $result, $took s"
-  "$python" benchmarks/report.py "$out" || echo "gpu_check.sh: no report could be written" >&2
+  hint=""
+  [[ $result == failed* ]] && hint=" (--redo $name runs it again)"
+  echo "== $name: $result, $took s$hint"
+  sum_up
 done
 
-(cd "$out" && find . -type d \( -name 'scenes-*' -o -name 'packed-*' -o -name 'tiny-*' \) -prune -o \
-  -type f -size -4M ! -name gpu_check.tar.gz -print0 | tar --null -czf gpu_check.tar.gz -T -)
 if ((left)); then
   echo "gpu_check.sh: phases are left; call again with the same OUTDIR"
   exit 75

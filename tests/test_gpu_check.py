@@ -1,9 +1,12 @@
 """The phases of ``gpu_check.sh``: order, time limits, what a second call does; with a stand-in for Python."""
 
 import os
+import signal
 import subprocess
 import sys
 import tarfile
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -255,6 +258,7 @@ def test_a_failed_phase_does_not_stop_the_others_and_is_repeated_on_demand(bench
     bench.rule("junit.xml", "exit 1")
     done = bench.call("--only", "tests", "--only", "kernels")
     assert done.returncode == 1
+    assert "tests: failed: exit code 1, 0 s (--redo tests runs it again)" in done.stdout
     assert bench.status("tests") == "failed: exit code 1"
     assert bench.status("kernels") == "ok"
     bench.rule("junit.xml", "")
@@ -282,3 +286,74 @@ def test_a_phase_over_its_own_limit_has_failed(bench: Bench) -> None:
     bench.rule("kernels.py", "exit 124")
     assert bench.call("--only", "kernels").returncode == 1
     assert bench.status("kernels") == "failed: over its limit of 300 s; what it wrote before is kept"
+
+
+def _wait_until(happened: Callable[[], bool], seconds: float = 30) -> None:
+    end = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < end, "it has not happened"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("where", ["kernels.py", "compile-only"])
+def test_an_interrupted_call_ends_its_phase_and_keeps_what_there_is(
+    bench: Bench, number: signal.Signals, where: str
+) -> None:
+    """Also while lines are compiled ahead, in a process group of their own: nothing is left running."""
+    play = bench.root
+    bench.rule(where, f"trap 'touch {play}/ended-$$; exit 143' TERM; touch {play}/began-$$; sleep 60 & wait $!")
+    phase = "kernels" if where == "kernels.py" else "ladder-64"
+    env = {**os.environ, "PYTHON": str(bench.python), "PLAY": str(play)}
+    flags = [str(SCRIPT), str(bench.out), "--only", "environment", "--only", phase, "--only", "pointwise"]
+    # A job that a shell put in the background inherits SIGINT ignored, and so would the script.
+    script = subprocess.Popen(
+        flags,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL) and None,
+    )
+    try:
+        _wait_until(lambda: any(play.glob("began-*")))
+        script.send_signal(number)
+        out, _ = script.communicate(timeout=30)
+    finally:
+        script.kill()
+    assert script.returncode == 130, out
+    assert f"{phase}: interrupted" in out
+    began = [path.name.removeprefix("began-") for path in play.glob("began-*")]
+    _wait_until(lambda: all((play / f"ended-{process}").exists() for process in began))
+    assert [bench.status(name) for name in ("environment", phase, "pointwise")] == ["ok", "", ""]
+    assert not (bench.out / "pointwise").exists()
+    assert (bench.out / "report.md").exists()
+    with tarfile.open(bench.out / "gpu_check.tar.gz") as archive:
+        assert f"./{phase}/log.txt" in archive.getnames()
+    bench.rule(where, "")
+    assert bench.call("--only", phase).returncode == 0
+    assert bench.status(phase) == "ok"
+
+
+def test_the_archive_is_made_after_each_phase(bench: Bench) -> None:
+    bench.rule("kernels.py", "cp $PLAY/out/gpu_check.tar.gz $PLAY/earlier.tar.gz")
+    bench.call("--only", "environment", "--only", "kernels")
+    with tarfile.open(bench.root / "earlier.tar.gz") as archive:
+        assert "./environment/status" in archive.getnames()
+    assert not list(bench.out.glob("*.part"))
+
+
+def test_sigint_reaches_what_a_phase_runs(bench: Bench) -> None:
+    """What a script runs in the background ignores SIGINT, unless it is told not to; pytest is ended by it."""
+    bench.rule("junit.xml", "kill -INT $$; touch $PLAY/survived")
+    bench.call("--only", "tests")
+    assert not (bench.root / "survived").exists()
+    assert bench.status("tests").startswith("failed")
+
+
+def test_the_state_of_the_gpu_is_kept_around_a_phase(bench: Bench) -> None:
+    tool = bench.root / "nvidia-smi"
+    tool.write_text('#!/usr/bin/env bash\n[[ $* == *--query-gpu* ]] && echo "now, 12 MiB, 0 %, 1980 MHz, 40, 70 W"\n')
+    tool.chmod(0o755)
+    for _ in range(2):  # a phase that is done again begins anew
+        bench.call("--only", "kernels", "--redo", "kernels")
+        assert (bench.out / "kernels" / "gpu.csv").read_text() == "now, 12 MiB, 0 %, 1980 MHz, 40, 70 W\n" * 2
