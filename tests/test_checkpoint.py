@@ -267,7 +267,7 @@ def rewrite_manifest(path: Path, **changes: Any) -> None:
     manifest = json.loads((path / "manifest.json").read_text())
     del manifest["sha256"]
     for name in manifest["files"]:
-        size, digest = checkpoint._measure(path, name)
+        size, digest = checkpoint._size(path, name), checkpoint._hash(path, name)
         manifest["files"][name] = {"sha256": digest, "size": size}
     manifest.update(changes)
     manifest["sha256"] = checkpoint._digest(manifest)
