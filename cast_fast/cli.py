@@ -20,7 +20,7 @@ from cast_fast.errors import UserError
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo-data": ("cast_fast.data.synthetic", "write a dataset of made scenes with saliency maps and labels"),
-    "validate": ("cast_fast.data.layout", "decode every image and map of a dataset and list the faults"),
+    "validate": ("cast_fast.data.validate", "decode every image and map of a dataset and list the faults"),
     "prepare": ("cast_fast.data.prepare", "pack images and maps into WebDataset shards"),
     "saliency": ("cast_fast.data.saliency_maps", "make saliency maps of images"),
     "crops": ("cast_fast.evaluate.crops", "draw constrained beside unconstrained crops, and measure what pairs share"),
