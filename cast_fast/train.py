@@ -505,10 +505,7 @@ class _Trainer:
         config = self.config
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # one shape for the whole run: the search for algorithms pays
-        fault = compile_fault(self.device) if config.compile else None
-        if fault is not None:
-            logger.warning("training without torch.compile, which does not work here: %s", fault)
-        self.compiled = config.compile and fault is None
+        self.compiled = config.compile and self.all_can_compile()
         arrived = (self.step - self.nonfinite.total) * config.batch * self.world.size
         self.model.queue.shard(self.world.rank, self.world.size, arrived)
         train_step = TrainStep(
@@ -532,6 +529,16 @@ class _Trainer:
         )
         train_step.number = self.step
         return train_step
+
+    def all_can_compile(self) -> bool:
+        """Whether ``torch.compile`` works on every rank: collectives need not come in one order with and without it."""
+        fault = compile_fault(self.device)
+        failed = int(distributed.all_reduce(torch.tensor(int(fault is not None), device=self.device), "compile trial"))
+        if fault is not None:
+            logger.warning("training without torch.compile, which does not work here: %s", fault)
+        elif failed:
+            logger.warning("training without torch.compile, which does not work on %d of the ranks", failed)
+        return not failed
 
     def train(self, grid: tuple[int, int], global_batch: int, signals: Signals, stack: contextlib.ExitStack) -> Outcome:
         """Steps until the end, a signal, or too many non-finite steps in a row."""

@@ -271,6 +271,14 @@ def test_nan_on_one_rank_changes_nothing(scenes: Path, tmp_path: Path) -> None:
     assert json.loads(noted[0]["samples"]) == [stems[index] for index in results[1]["samples"][5]]
 
 
+def test_no_rank_compiles_where_one_cannot(scenes: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    results = run_in_ranks(2, settings(scenes, run, 2, steps=1, compile=True), tmp_path, fault="compile:1:0")
+    assert [result["end"] for result in results] == ["finished", "finished"]
+    (start,) = json.loads((run / "config.json").read_text())["starts"]
+    assert start["compiled"] is False
+
+
 @pytest.mark.parametrize("at", [5, 6, 8])
 def test_a_failing_loader_on_one_rank_saves_on_all(
     undisturbed: tuple[Path, list[dict[str, Any]]], scenes: Path, tmp_path: Path, at: int

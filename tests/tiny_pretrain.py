@@ -9,6 +9,7 @@ the run), in this start of torchrun's (the first by default), …
 - ``term``, ``usr1``, ``int``: gets this signal, twice.
 - ``nan``: has a batch whose attention weight is infinite, from this step on.
 - ``loader``: its loader gives up when asked for this step's batch, and from then on.
+- ``compile``: torch.compile does not work there, in whatever step.
 - ``killsave``, ``hangsave``: dies or never comes back while it writes its file of this step's checkpoint.
 """
 
@@ -25,7 +26,7 @@ import torch
 from tiny_encoder import CHANNELS, tiny_trunk
 
 import cast_fast.encoder
-from cast_fast import checkpoint, cli
+from cast_fast import checkpoint, cli, train
 from cast_fast.data.batch import Batch
 from cast_fast.data.dali_loader import DaliLoader
 from cast_fast.distributed import RECORD
@@ -55,6 +56,9 @@ def _inject(fault: str) -> None:
         return
     if kind == "loader":
         _break_loader(int(at))
+        return
+    if kind == "compile":
+        train.compile_fault = lambda device: f"no compiler for {device}"
         return
     if kind in ("killsave", "hangsave"):
         _break_save(kind, int(at))
