@@ -1,4 +1,4 @@
-"""``cast-fast validate``: decodes every file of a dataset once, or compares shards with their hashes; lists the faults."""
+"""``cast-fast validate``: decodes every file of a dataset, or compares shards with their hashes: the faults."""
 
 from __future__ import annotations
 
