@@ -18,7 +18,7 @@ from cast_fast.errors import UserError
 from cast_fast.evaluate import backgrounds, backgrounds_make, figures
 from cast_fast.evaluate.backgrounds import Answers, Challenge, Judge, Report, Variant
 from cast_fast.evaluate.backgrounds_make import Cutout, draw_backgrounds, square_around, strip_beside, tile_over
-from cast_fast.evaluate.weights import IdentityHead, Model
+from cast_fast.evaluate.weights import IdentityHead, Model, load_classifier
 from cast_fast.export import save_safetensors
 
 
@@ -430,12 +430,31 @@ def test_command_line_measures_classifiers_and_encoders(made, tmp_path, capsys):
     assert "BG-Gap" in capsys.readouterr().out
 
 
+def test_a_classifier_of_other_crops_is_named(made, tmp_path, caplog):
+    path = write_resnet(tmp_path / "named.safetensors", ["green", "red", "blue"])
+    model = load_classifier(path)
+    assert model.classifier is not None
+    with Image.open(next((made / "original" / "val").glob("*/*"))) as opened:
+        side = opened.width
+    for size, said in ((side, False), (side + 32, True), (None, False)):
+        about = {"name": "named", "arch": "resnet18", "classes": ["green", "red", "blue"]}
+        about |= {"preprocessing": {"size": size}} if size else {}
+        fc = {f"fc.{name}": value for name, value in model.classifier.state_dict().items()}
+        save_safetensors({**model.trunk.state_dict(), **fc}, path, about)
+        caplog.clear()
+        flags = ["--out", tmp_path / "out", "--resamples", 10, "--no-challenge", "--variants", "original"]
+        assert cli.main(["backgrounds", str(path), str(made), *map(str, flags)]) == 0
+        words = f"named was trained on crops of {side + 32} pixels and is measured on {side}"
+        assert (words in caplog.text) == said, size
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--out", "x", "nowhere.safetensors", "ROOT"], "no such file"),
         (["--out", "x", "MODEL", "nowhere"], "no such folder"),
         (["--out", "x", "MODEL", "ROOT", "--batch", "0"], "--batch"),
+        (["--out", "x", "MODEL", "ROOT", "--seed", "-1"], "--seed: got -1"),
         (["--out", "x", "WRONG", "ROOT"], "knows no class"),
         (["--out", "x", "BARE", "ROOT", "--probe-on", "mixed_rand"], "holds no classifier"),
     ],
@@ -462,6 +481,8 @@ def test_make_refuses_what_it_cannot_use(tmp_path, made, capsys):
     assert "not empty" in capsys.readouterr().err
     assert cli.main(["backgrounds-make", *labelled, "--out", str(scenes / "labels.csv")]) == 2
     assert "cannot be a new folder" in capsys.readouterr().err
+    assert cli.main(["backgrounds-make", *labelled, "--out", str(tmp_path / "o"), "--seed", "-1"]) == 2
+    assert "--seed: got -1" in capsys.readouterr().err
     (scenes / "labels.csv").write_text("stem,class\np0,red\np1,red\n")
     assert cli.main(["backgrounds-make", *labelled, "--out", str(tmp_path / "o"), "--size", "32"]) == 2
     assert "expected at least 2" in capsys.readouterr().err

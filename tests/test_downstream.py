@@ -206,6 +206,7 @@ def test_a_supervised_file_of_torchvision_is_compared_by_a_mapping(setting, tmp_
             "--only",
         ),
         (lambda f: ["--images", str(f / "images"), "--labels", str(f / "labels.csv"), "--mapping", "no"], "--mapping"),
+        (lambda f: ["--images", str(f / "images"), "--labels", str(f / "labels.csv"), "--seed", "-1"], "--seed: got"),
     ],
 )
 def test_mistakes_are_one_line(change, message, setting, tmp_path, capsys):

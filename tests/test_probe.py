@@ -450,6 +450,25 @@ def test_accuracy_by_hand():
     assert found["class_mean"] == pytest.approx(2 / 3) and "top5" not in found
 
 
+def test_equal_scores_mean_the_first_class_everywhere():
+    torch.manual_seed(0)
+    for classes in (3, 40, 400):  # sorting is stable by itself for a few classes only
+        scores = torch.randint(0, 3, (50, classes)).float()
+        truth = scores.argmax(dim=1)
+        assert probe.accuracy(scores, truth, resamples=10, seed=0)["top1"]["mean"] == 1
+
+
+def test_classes_without_training_pictures_are_named(dataset, encoders, tmp_path, caplog):
+    rows = (dataset / "labels.csv").read_text().splitlines()
+    moved = [row.replace("green,train", "green,test") for row in rows]
+    (tmp_path / "labels.csv").write_text("\n".join(moved) + "\n")
+    flags = ["--images", dataset / "images", "--labels", tmp_path / "labels.csv", "--out", tmp_path / "out"]
+    flags += ["--size", 32, "--epochs", 1, "--resamples", 10, "--no-cache"]
+    assert cli.main(["probe", str(encoders[0]), *map(str, flags)]) == 0
+    assert "no training picture of green: its test pictures can only count as wrong" in caplog.text
+    assert probe.untrained(torch.tensor([0, 1, 2, 0, 2]), [0, 1], [2, 3, 4]) == [2]
+
+
 def test_random_views_stay_inside_and_repeat(dataset):
     rng = np.random.default_rng(0)
     for width, height in ((100, 50), (50, 100), (64, 64), (1000, 10)):
@@ -530,6 +549,7 @@ def test_the_first_weights_are_left_alone_by_finetuning(dataset, encoders):
         (["--images", "IMAGES"], "--labels is missing"),
         (["--images", "IMAGES", "--labels", "LABELS", "--test-share", "1"], "--test-share"),
         (["--images", "IMAGES", "--labels", "LABELS", "--size", "8"], "--size"),
+        (["--images", "IMAGES", "--labels", "LABELS", "--seed", "-1"], "--seed: got -1"),
         (["--images", "IMAGES", "--labels", "LABELS", "--lrs", "0"], "--lrs"),
         (["--images", "IMAGES", "--labels", "nowhere.csv"], "nowhere.csv"),
         (["--images", "IMAGES", "--data", "IMAGES", "--labels", "LABELS"], "both layouts"),

@@ -38,9 +38,9 @@ from cast_fast.data.rgb import to_rgb
 from cast_fast.errors import UserError
 from cast_fast.evaluate import figures
 from cast_fast.evaluate.figures import Caption, Picture, Sheet, Swatch
-from cast_fast.evaluate.pictures import batches, open_output, progress
+from cast_fast.evaluate.pictures import batches, check_seed, open_output, progress
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
-from cast_fast.evaluate.weights import Model, load_encoder, unique_names
+from cast_fast.evaluate.weights import Model, load_encoder, unique_names, warn_of_sizes
 from cast_fast.files import Results
 
 logger = logging.getLogger("cast_fast")
@@ -645,6 +645,7 @@ def main(args: argparse.Namespace) -> int:
 
     if args.batch < 1 or args.resamples < 1 or args.rows < 0:
         raise UserError("--batch and --resamples: expected at least 1; --rows: at least 0")
+    check_seed(args.seed)
     device = resolve_device(args.device)
     if not args.root.is_dir():
         raise UserError(f"{args.root}: no such folder; expected ROOT/VARIANT/val/NN_class/")
@@ -654,6 +655,7 @@ def main(args: argparse.Namespace) -> int:
         if variant.classes != variants["original"].classes:
             raise UserError(f"{args.root / name / 'val'}: its class folders differ from those of original/val")
     models = unique_names([load_encoder(path) for path in args.model])
+    warn_of_sizes(models, min(read_image(variants["original"].paths[0]).shape[:2]))
     mapping = find_mapping(args.root, args.mapping, variants["original"].classes)
     for model in models:
         if model.classifier is None:

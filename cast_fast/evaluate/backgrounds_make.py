@@ -44,6 +44,7 @@ from cast_fast.evaluate.pictures import (
     Pictures,
     add_dataset_arguments,
     batches,
+    check_seed,
     cut,
     cut_map,
     open_pictures,
@@ -358,6 +359,7 @@ def main(args: argparse.Namespace) -> int:
     """Makes the set and a sheet of examples."""
     if args.size < 32 or not 0 <= args.train_share < 1 or args.rows < 0:
         raise UserError("--size: expected at least 32; --train-share: in [0, 1); --rows: at least 0")
+    check_seed(args.seed)
     if args.labels is None and args.data is None:
         raise UserError("--labels is missing: expected a CSV file with columns stem,class")
     pictures = open_pictures(

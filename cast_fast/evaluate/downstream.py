@@ -35,13 +35,14 @@ from cast_fast.evaluate.pictures import (
     add_dataset_arguments,
     batches,
     central_box,
+    check_seed,
     cut,
     cut_map,
     open_output,
     open_pictures,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean, sign_test
-from cast_fast.evaluate.weights import Model, load_classifier, unique_names
+from cast_fast.evaluate.weights import Model, load_classifier, unique_names, warn_of_sizes
 from cast_fast.files import Results
 from cast_fast.objective import gradcam_map
 
@@ -218,11 +219,13 @@ def main(args: argparse.Namespace) -> int:
 
     if min(args.rows, args.batch, args.resamples) < 1 or (args.size and args.size < 32):
         raise UserError("--rows, --batch, --resamples: expected at least 1; --size: at least 32")
+    check_seed(args.seed)
     if args.labels is None and args.data is None:
         raise UserError("--labels is missing: expected a CSV file with columns stem,class")
     device = resolve_device(args.device)
     models = unique_names([load_classifier(path).to(device) for path in (args.first, args.second)])
     size = args.size or next((model.size for model in models if model.size), 224)
+    warn_of_sizes(models, size)
     pictures = open_pictures(args.images, args.saliency, args.data, labels=args.labels, need_labels=True)
     chosen = _chosen(pictures, args.only)
     labels = [str(pictures.labels[i]) for i in chosen]

@@ -59,13 +59,14 @@ from cast_fast.evaluate.pictures import (
     add_dataset_arguments,
     batches,
     cell_average,
+    check_seed,
     cut,
     cut_map,
     open_output,
     open_pictures,
 )
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
-from cast_fast.evaluate.weights import Model, load_encoder, normalise, unique_names
+from cast_fast.evaluate.weights import Model, load_encoder, normalise, unique_names, warn_of_sizes
 from cast_fast.files import Results
 from cast_fast.objective import gradcam_map, gradcam_weights
 from cast_fast.step import IMAGE_MEAN
@@ -479,10 +480,9 @@ def main(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     models = unique_names([load_encoder(path) for path in args.run])
     size = args.size or next((model.size for model in models if model.size), 224)
+    warn_of_sizes(models, size)
     for model in models:
         key_encoder(model, args.keys)
-        if model.size and model.size != size:
-            logger.warning("%s was trained on crops of %d pixels and is measured on %d", model.name, model.size, size)
         if not model.has_head:
             logger.info("%s holds no projection head: its pooled features are compared themselves", model.name)
         if args.keys == "auto" and model.key is None:
@@ -539,8 +539,7 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"--iou-share: got {args.iou_share}, expected a number in (0, 1]")
     if not 0 <= args.tolerance < 1:
         raise UserError(f"--tolerance: got {args.tolerance}, expected a number in [0, 1)")
-    if args.seed < 0:
-        raise UserError(f"--seed: got {args.seed}, expected at least 0")
+    check_seed(args.seed)
 
 
 def _choose(pictures: Pictures, args: argparse.Namespace) -> Pictures:

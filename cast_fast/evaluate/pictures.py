@@ -251,6 +251,12 @@ def add_dataset_arguments(parser: argparse.ArgumentParser, *, labels: bool) -> N
         parser.add_argument("--labels", type=Path, metavar="CSV", help="file with columns stem,class")
 
 
+def check_seed(seed: int) -> None:
+    """Raises UserError for a ``--seed`` that NumPy's generators refuse."""
+    if seed < 0:
+        raise UserError(f"--seed: got {seed}, expected at least 0")
+
+
 def run_folder(path: Path) -> Path:
     """The run that a checkpoint folder (``RUN/checkpoints/step-N``) belongs to, whose files are not to be added to."""
     return path.resolve().parent.parent if (path / checkpoint.MANIFEST).is_file() else path

@@ -29,7 +29,14 @@ from cast_fast.errors import UserError
 from cast_fast.evaluate import finetune, knn, linear_probe
 from cast_fast.evaluate.features import default_cache, extract
 from cast_fast.evaluate.linear_probe import Sweep, hold_out
-from cast_fast.evaluate.pictures import Pictures, add_dataset_arguments, open_output, open_pictures, read_split
+from cast_fast.evaluate.pictures import (
+    Pictures,
+    add_dataset_arguments,
+    check_seed,
+    open_output,
+    open_pictures,
+    read_split,
+)
 from cast_fast.evaluate.statistics import RESAMPLES, Interval, bootstrap_difference, bootstrap_mean
 from cast_fast.evaluate.weights import Model, load_encoder, unique_names
 from cast_fast.export import describe, safetensors_file, trunk_state
@@ -61,6 +68,11 @@ def divide(labels: Tensor, split: Sequence[str | None], test_share: float, seed:
     return parts
 
 
+def untrained(labels: Tensor, training: Sequence[int], test: Sequence[int]) -> list[int]:
+    """Classes that occur among the test pictures alone, which a column split may lead to."""
+    return sorted(set(labels[list(test)].tolist()) - set(labels[list(training)].tolist()))
+
+
 def class_numbers(pictures: Pictures) -> tuple[list[str], Tensor]:
     """Names of the classes in sorted order, and the number of each picture's class (n,) int64."""
     names = sorted({str(label) for label in pictures.labels})
@@ -69,7 +81,7 @@ def class_numbers(pictures: Pictures) -> tuple[list[str], Tensor]:
 
 def accuracy(scores: Tensor, labels: Tensor, *, resamples: int, seed: int) -> dict[str, Any]:
     """Top-1 (and top-5 with more than five classes) with intervals, the mean over classes, and each class's own."""
-    order = scores.argsort(dim=1, descending=True)
+    order = scores.argsort(dim=1, descending=True, stable=True)  # of equal scores the first, as argmax has it
     hits = order == labels[:, None]
     right = hits[:, 0].numpy()
     result: dict[str, Any] = {"top1": bootstrap_mean(right, resamples=resamples, seed=seed).to_json()}
@@ -137,6 +149,9 @@ def main(args: argparse.Namespace) -> int:
     split = read_split(args.labels, pictures.names)
     training, test = divide(labels, split, args.test_share, args.seed)
     logger.info("%d classes, %d training and %d test pictures", len(classes), len(training), len(test))
+    if unknown := untrained(labels, training, test):
+        names = ", ".join(classes[number] for number in unknown)
+        logger.warning("no training picture of %s: its test pictures can only count as wrong", names)
 
     results: dict[str, Any] = {
         "classes": classes,
@@ -243,6 +258,7 @@ def _about_sweep(tried: Sweep) -> dict[str, Any]:
 def _check(args: argparse.Namespace) -> None:
     if args.labels is None and args.data is None:
         raise UserError("--labels is missing: expected a CSV file with columns stem,class")
+    check_seed(args.seed)
     if not 0 < args.test_share < 1:
         raise UserError(f"--test-share: got {args.test_share}, expected a number in (0, 1)")
     for name in ("k", "epochs", "finetune_epochs", "batch", "resamples"):

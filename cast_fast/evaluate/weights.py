@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import json
+import logging
 import pickle
 import re
 import warnings
@@ -34,6 +35,8 @@ from cast_fast import checkpoint
 from cast_fast.encoder import Encoder, LinearHead, MLPHead, architectures, build_trunk
 from cast_fast.errors import UserError
 from cast_fast.step import IMAGE_MEAN, IMAGE_STD
+
+logger = logging.getLogger("cast_fast")
 
 _FIRST = "conv1.weight"
 _SECOND = "layer1.0.conv1.weight"
@@ -470,6 +473,13 @@ def _timm_config(path: Path) -> dict[str, Any]:
         return {**_colours(about), **({"size": int(size[-1])} if size else {})}
     except (ValueError, TypeError, AttributeError, LookupError) as error:
         raise UserError(f"{path}: is no config.json of timm ({error})") from None
+
+
+def warn_of_sizes(models: Sequence[Model], size: int) -> None:
+    """Names in the log each model that was trained on crops of another side than the pictures that it is shown."""
+    for model in models:
+        if model.size and model.size != size:
+            logger.warning("%s was trained on crops of %d pixels and is measured on %d", model.name, model.size, size)
 
 
 def unique_names(models: list[Model]) -> list[Model]:
