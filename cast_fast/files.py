@@ -134,7 +134,7 @@ def sync_folder(folder: Path) -> None:
 def exclusive(lock: Path, refusal: str) -> Iterator[None]:
     """Holds a lock file; the operating system releases it when the process ends, however it ends.
 
-    For processes: one that has the lock already gets it once more.
+    For processes: one that has the lock already gets it once more, and loses it where the first of the two ends.
 
     Raises:
         UserError: another process holds it: ``refusal``, and which process that is.

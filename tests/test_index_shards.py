@@ -223,6 +223,7 @@ def test_a_shards_name_cannot_lead_out_of_its_folder(name: str, foreign: Path, t
 
 def test_images_alone(tmp_path: Path) -> None:
     write(tmp_path / "shards" / "x.tar", {"a.jpg": picture(), "b.jpg": picture(1)})
+    (tmp_path / "shards" / "._x.tar").write_bytes(b"what another system leaves beside a file")
     index_shards(tmp_path / "shards", tmp_path / "index", workers=1)
     assert [sample.saliency for sample in scan_shards(tmp_path / "index").samples] == [None, None]
 

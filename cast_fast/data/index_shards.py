@@ -65,7 +65,7 @@ def index_shards(source: Path, out: Path, *, workers: int | None = None, progres
     """Writes an index of the shards in a folder; goes on where an earlier run stopped.
 
     Args:
-        source: folder of ``*.tar`` files, not compressed.
+        source: folder of ``*.tar`` files, not compressed; hidden ones are ignored.
         out: folder for the index, made if absent; not the shards' own.
         workers: decoding processes; None takes one for each CPU that this process may use.
         progress: show a progress bar.
@@ -81,7 +81,7 @@ def index_shards(source: Path, out: Path, *, workers: int | None = None, progres
     if out.exists() and out.resolve() == source.resolve():
         raise UserError(f"SHARDS and INDEX are the same folder, {shown(source)}")
     source = source.resolve()
-    tars = sorted(path for path in source.glob("*.tar") if path.is_file())
+    tars = sorted(path for path in source.glob("*.tar") if path.is_file() and not path.name.startswith("."))
     if not tars:
         raise UserError(f"SHARDS: {shown(source)} holds no .tar file")
     states = {tar: _state(tar) for tar in tars}  # before their content is read, so that a later change shows
