@@ -171,20 +171,20 @@ def batch_norm_works(samples: int, channels: int, side: int, dtype: torch.dtype,
     element = samples * channels * dtype.itemsize
     full, pooled, choices = element * side * side, element * small * small, samples * channels * small * small
     bits = samples * ((channels + 7) // 8) * side * side
-    # Arguments in the operator's order: x a map, p a pooled one, c choices, m a mask, v a vector; and bytes read and
-    # written.
+    # Arguments in the operator's order: x a map, p a pooled one, c choices, m a mask, v a vector, n how many values
+    # a channel, e eps; and bytes read and written.
     table = {
-        "batch_norm_statistics": ("x", full),
-        "batch_norm_apply": ("xvvvxvvv", 3 * full),
-        "batch_norm_apply_mask": ("xvvvxvvv", 3 * full + bits),
-        "batch_norm_relu_reduce": ("xxvvv", 2 * full),
-        "batch_norm_relu_input_gradient": ("xxvvvvv", 3 * full),
-        "batch_norm_add_reduce": ("xxmxvxv", 5 * full + bits),
-        "batch_norm_input_gradient": ("xxvvvv", 3 * full),
-        "batch_norm_input_gradients": ("xxvvvvxvvvv", 5 * full),
-        "batch_norm_relu_pool": ("xvvv", full + pooled + choices),
-        "batch_norm_relu_pool_reduce": ("ppcxvvv", full + 2 * pooled + choices),
-        "batch_norm_relu_pool_input_gradient": ("ppcxvvvvv", 2 * full + 2 * pooled + choices),
+        "batch_norm_statistics": ("xe", full),
+        "batch_norm_apply": ("xvvvvxvvvv", 3 * full),
+        "batch_norm_apply_mask": ("xvvvvxvvvv", 3 * full + bits),
+        "batch_norm_relu_reduce": ("xxvvvv", 2 * full),
+        "batch_norm_relu_input_gradient": ("xxvvvvvvn", 3 * full),
+        "batch_norm_add_reduce": ("xxmxvvxvv", 5 * full + bits),
+        "batch_norm_input_gradient": ("xxvvvvvn", 3 * full),
+        "batch_norm_input_gradients": ("xxvvvvvxvvvvn", 5 * full),
+        "batch_norm_relu_pool": ("xvvvv", full + pooled + choices),
+        "batch_norm_relu_pool_reduce": ("ppcxvvvv", full + 2 * pooled + choices),
+        "batch_norm_relu_pool_input_gradient": ("ppcxvvvvvvn", 2 * full + 2 * pooled + choices),
     }
     assert tuple(table) == BATCH_NORM
     return [
@@ -210,7 +210,9 @@ def batch_norm_work(
         def random(*size: int) -> Tensor:
             return torch.randn(size, generator=generator, device=device)
 
-        def argument(kind: str) -> Tensor:
+        def argument(kind: str) -> object:
+            if kind in "ne":
+                return samples * side * side if kind == "n" else EPS
             if kind == "v":
                 return random(channels)
             if kind == "m":
@@ -262,29 +264,27 @@ def torch_layer(form: str, x: Tensor, shortcut: Tensor, dy: Tensor, weight: Tens
 def streamed_layer(form: str, x: Tensor, shortcut: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
     """The same by the operators, in a row."""
     rows = x.numel() // x.shape[1]
-    mean, variance = cast_kernels.batch_norm_statistics(x).unbind()
-    rstd = (variance + EPS).rsqrt()
-    scale = weight * rstd
+    mean, _, inverse = cast_kernels.batch_norm_statistics(x, EPS).unbind()
+    vectors = (mean, inverse, weight, bias)
     g = choice = dy
     if form == "relu":
-        y = cast_kernels.batch_norm_apply(x, mean, scale, bias)
-        total, tilted = cast_kernels.batch_norm_relu_reduce(dy, x, mean, scale, bias).unbind()
+        y = cast_kernels.batch_norm_apply(x, *vectors)
+        sums = cast_kernels.batch_norm_relu_reduce(dy, x, *vectors)
     elif form == "add":
-        y, mask = cast_kernels.batch_norm_apply_mask(x, mean, scale, bias, shortcut)
-        g, sums = cast_kernels.batch_norm_add_reduce(dy, None, mask, x, mean)
-        total, tilted = sums.unbind()
+        y, mask = cast_kernels.batch_norm_apply_mask(x, *vectors, shortcut)
+        g, sums = cast_kernels.batch_norm_add_reduce(dy, None, mask, x, mean, inverse)
     else:
-        y, choice = cast_kernels.batch_norm_relu_pool(x, mean, scale, bias)
-        total, tilted = cast_kernels.batch_norm_relu_pool_reduce(dy, None, choice, x, mean, scale, bias).unbind()
-    ends = scale * total / rows, scale * rstd * rstd * tilted / rows
+        y, choice = cast_kernels.batch_norm_relu_pool(x, *vectors)
+        sums = cast_kernels.batch_norm_relu_pool_reduce(dy, None, choice, x, *vectors)
+    dbias, dweight = sums.unbind()
     if form == "relu":
-        dx = cast_kernels.batch_norm_relu_input_gradient(dy, x, mean, scale, bias, *ends)
+        dx = cast_kernels.batch_norm_relu_input_gradient(dy, x, *vectors, dbias, dweight, rows)
     elif form == "add":
-        dx = cast_kernels.batch_norm_input_gradient(g, x, mean, scale, *ends)
-        return [y, dx, g, tilted * rstd, total]
+        dx = cast_kernels.batch_norm_input_gradient(g, x, mean, inverse, weight, dbias, dweight, rows)
+        return [y, dx, g, dweight, dbias]
     else:
-        dx = cast_kernels.batch_norm_relu_pool_input_gradient(dy, None, choice, x, mean, scale, bias, *ends)
-    return [y, dx, tilted * rstd, total]
+        dx = cast_kernels.batch_norm_relu_pool_input_gradient(dy, None, choice, x, *vectors, dbias, dweight, rows)
+    return [y, dx, dweight, dbias]
 
 
 def groupbn() -> Any:

@@ -112,31 +112,35 @@ def _batch_norm(
     mask = _maps(samples, (channels + 7) // 8, side, torch.uint8)
     pooled, pooled_skip = (_maps(samples, channels, (side + 1) // 2, dtype) for _ in range(2))
     choice = _maps(samples, channels, (side + 1) // 2, torch.uint8)
-    mean, scale, bias, constant, slope, mean2, scale2, bias2, constant2, slope2 = (
-        _meta(*([parts] if parts > 1 else []), channels, dtype=torch.float32) for _ in range(10)
+    parted = [parts] if parts > 1 else []
+    mean, inverse, dbias, dweight, mean2, inverse2, dweight2 = (
+        _meta(*parted, channels, dtype=torch.float32) for _ in range(7)
     )
-    first, second = (mean, scale, constant, slope), (mean2, scale2, constant2, slope2)
+    weight, bias, weight2, bias2 = (_meta(channels, dtype=torch.float32) for _ in range(4))
+    first, second = (mean, inverse, weight, bias), (mean2, inverse2, weight2, bias2)
+    gradients = (dbias, dweight, samples * side * side)
+    both = (*(mean, inverse, weight, dbias, dweight), *(shortcut, mean2, inverse2, weight2, dweight2), gradients[2])
     # How many tiles of activations one program reads at a time: the pool's windows and pixels are four of each.
     plans = [
-        ("statistics", 1, norm._statistics.plan(x, parts)),
-        ("apply", 1, norm._apply.plan(x, mean, scale, bias)),
-        ("apply, shortcut", 2, norm._apply.plan(x, mean, scale, bias, shortcut)),
-        ("apply, two", 2, norm._apply.plan(x, mean, scale, bias, shortcut, mean2, scale2, bias2)),
-        ("apply_mask, shortcut", 2, norm._apply_mask.plan(x, mean, scale, bias, shortcut)),
-        ("apply_mask, two", 2, norm._apply_mask.plan(x, mean, scale, bias, shortcut, mean2, scale2, bias2)),
-        ("relu_reduce", 2, norm._relu_reduce.plan(dy, x, mean, scale, bias)),
-        ("relu_input_gradient", 2, norm._relu_input_gradient.plan(dy, x, mean, scale, bias, constant, slope)),
-        ("add_reduce, one", 2, norm._add_reduce.plan(dy, None, mask, x, mean)),
-        ("add_reduce", 3, norm._add_reduce.plan(dy, dy_skip, mask, x, mean)),
-        ("add_reduce, two", 4, norm._add_reduce.plan(dy, dy_skip, mask, x, mean, shortcut, mean2)),
-        ("input_gradient", 2, norm._input_gradient.plan(dy, x, *first)),
-        ("input_gradients", 3, norm._input_gradients.plan(dy, x, *first, shortcut, *second)),
-        ("relu_pool", 9, norm._relu_pool.plan(x, mean, scale, bias)),
-        ("relu_pool_reduce", 12, norm._relu_pool_reduce.plan(pooled, pooled_skip, choice, x, mean, scale, bias)),
+        ("statistics", 1, norm._statistics.plan(x, 1e-5, parts)),
+        ("apply", 1, norm._apply.plan(x, *first)),
+        ("apply, shortcut", 2, norm._apply.plan(x, *first, shortcut)),
+        ("apply, two", 2, norm._apply.plan(x, *first, shortcut, *second)),
+        ("apply_mask, shortcut", 2, norm._apply_mask.plan(x, *first, shortcut)),
+        ("apply_mask, two", 2, norm._apply_mask.plan(x, *first, shortcut, *second)),
+        ("relu_reduce", 2, norm._relu_reduce.plan(dy, x, *first)),
+        ("relu_input_gradient", 2, norm._relu_input_gradient.plan(dy, x, *first, *gradients)),
+        ("add_reduce, one", 2, norm._add_reduce.plan(dy, None, mask, x, mean, inverse)),
+        ("add_reduce", 3, norm._add_reduce.plan(dy, dy_skip, mask, x, mean, inverse)),
+        ("add_reduce, two", 4, norm._add_reduce.plan(dy, dy_skip, mask, x, mean, inverse, shortcut, mean2, inverse2)),
+        ("input_gradient", 2, norm._input_gradient.plan(dy, x, mean, inverse, weight, *gradients)),
+        ("input_gradients", 3, norm._input_gradients.plan(dy, x, *both)),
+        ("relu_pool", 9, norm._relu_pool.plan(x, *first)),
+        ("relu_pool_reduce", 12, norm._relu_pool_reduce.plan(pooled, pooled_skip, choice, x, *first)),
         (
             "relu_pool_input_gradient",
             12,
-            norm._relu_pool_input_gradient.plan(pooled, pooled_skip, choice, x, mean, scale, bias, constant, slope),
+            norm._relu_pool_input_gradient.plan(pooled, pooled_skip, choice, x, *first, *gradients),
         ),
     ]
     suffix = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype]

@@ -30,20 +30,20 @@ QUEUES = ((1, 1, 1), (3, 33, 70), (17, 128, 1000), (130, 64, 129))
 NORMS = ((1, 1, 1, 1), (3, 65, 7, 7), (2, 3, 6, 1), (1, 200, 5, 9))
 """(N, C, H, W) of the BatchNorm cases."""
 BATCH_NORM = {
-    "batch_norm_statistics": ("x",),
-    "batch_norm_apply": ("xvvv", "xvvvx", "xvvvxvvv"),
-    "batch_norm_relu_reduce": ("xxvvv", "xxVVV"),
-    "batch_norm_relu_input_gradient": ("xxvvvvv",),
-    "batch_norm_apply_mask": ("xvvvx", "xvvvxvvv", "xVVVxVVV"),
-    "batch_norm_add_reduce": ("x-mxv", "xxmxv", "xxmxvxv", "xxmxVxV"),
-    "batch_norm_input_gradient": ("xxvvvv",),
-    "batch_norm_input_gradients": ("xxvvvvxvvvv",),
-    "batch_norm_relu_pool": ("xvvv",),
-    "batch_norm_relu_pool_reduce": ("p-cxvvv", "ppcxvvv", "ppcxVVV"),
-    "batch_norm_relu_pool_input_gradient": ("p-cxvvvvv", "ppcxvvvvv", "ppcxVVVVV"),
+    "batch_norm_statistics": ("xe", "xeN"),
+    "batch_norm_apply": ("xvvvv", "xvvvvx", "xvvvvxvvvv"),
+    "batch_norm_relu_reduce": ("xxvvvv", "xxVVvv"),
+    "batch_norm_relu_input_gradient": ("xxvvvvvvn",),
+    "batch_norm_apply_mask": ("xvvvvx", "xvvvvxvvvv", "xVVvvxVVvv"),
+    "batch_norm_add_reduce": ("x-mxvv", "xxmxvv", "xxmxvvxvv", "xxmxVVxVV"),
+    "batch_norm_input_gradient": ("xxvvvvvn",),
+    "batch_norm_input_gradients": ("xxvvvvvxvvvvn", "xxVVvVVxVVvVn"),
+    "batch_norm_relu_pool": ("xvvvv",),
+    "batch_norm_relu_pool_reduce": ("p-cxvvvv", "ppcxvvvv", "ppcxVVvv"),
+    "batch_norm_relu_pool_input_gradient": ("p-cxvvvvvvn", "ppcxvvvvvvn", "ppcxVVvvVVn"),
 }
 """Arguments of each operator: x a map, p one behind the pool, c choices, m a mask, v a vector, V one for each sample (a
-part each), - None."""
+part each), n how many values a channel, N how many samples, e eps, - None."""
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 Case = tuple[str, Callable[[], float]]
@@ -76,9 +76,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     for shape, dtype in itertools.product(NORMS, DTYPES[:2]):
         pooled = (*shape[:2], (shape[2] + 1) // 2, (shape[3] + 1) // 2)
 
-        def argument(kind: str, shape=shape, pooled=pooled, dtype=dtype) -> Tensor | None:
-            if kind == "-":
-                return None
+        def argument(kind: str, shape=shape, pooled=pooled, dtype=dtype) -> Tensor | float | None:
+            if kind in "-neN":
+                return {"-": None, "n": shape[0] * shape[2] * shape[3], "e": 1e-5, "N": shape[0]}[kind]
             if kind in "vV":
                 return random(*shape[0 if kind == "V" else 1 : 2], dtype=torch.float32)
             if kind == "c":
@@ -97,12 +97,12 @@ def cases(device: torch.device) -> Iterator[Case]:
                 yield f"{name} {size}", _compare_values(name, tuple(argument(kind) for kind in form))
 
 
-def _compare_values(name: str, arguments: tuple[Tensor | None, ...]) -> Callable[[], float]:
+def _compare_values(name: str, arguments: tuple[Tensor | float | None, ...]) -> Callable[[], float]:
     """Runs the operator and its reference in float64; the largest relative error of the floating-point results."""
 
     def run() -> float:
-        wide = [t.cpu().double() if t is not None and t.is_floating_point() else t for t in arguments]
-        wide = [None if t is None else t.cpu() for t in wide]
+        wide = [t.cpu() if isinstance(t, Tensor) else t for t in arguments]
+        wide = [t.double() if isinstance(t, Tensor) and t.is_floating_point() else t for t in wide]
         got, expected = getattr(cast_kernels, name)(*arguments), getattr(reference, name)(*wide)
         pairs = [(got, expected)] if isinstance(got, Tensor) else zip(got, expected)
         errors = [

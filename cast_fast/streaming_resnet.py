@@ -4,8 +4,8 @@ In training mode BatchNorm, ReLU, the addition of the shortcut and the stem's po
 traffic, and what a compiler makes of their gradients reads much of it twice or three times. Here each of them is one
 sweep over the activations. What the composition adds to the operators:
 
-* the gradient in closed form, written out in ``torch.autograd.Function``; between two sweeps there are only (C,)
-  vectors, in ordinary operations that the compiler fuses;
+* the gradient in closed form, written out in ``torch.autograd.Function``; an operator takes the vectors that another
+  leaves, so that nothing is launched between two sweeps but for statistics of several ranks;
 * a block's output has two readers, the next block's first convolution and its shortcut. A block therefore returns it
   twice (``Branches``, two names of one memory), so that autograd hands both gradients over and the sweep that masks and
   sums them is the one that adds them: no addition of its own, and the joined gradient is written once;
@@ -47,8 +47,8 @@ class Batch(NamedTuple):
     """What one BatchNorm has seen of a batch, to be entered into its running statistics."""
 
     norm: nn.BatchNorm2d
-    moments: Tensor
-    """(2, C): mean and biased variance; of P parts (2, P, C)."""
+    statistics: Tensor
+    """(3, C): mean, biased variance and 1 / sqrt(variance + eps); of P parts (3, P, C)."""
     count: int
     """Values a channel, of one part."""
 
@@ -152,10 +152,12 @@ class StreamingBlock(nn.Module):
         x = conv(main)
         arguments = [self.splits, torch.is_grad_enabled(), x, batch_statistics(norm, x, batches), *_settings(norm)]
         if self.projects:
-            conv, norm = self._shortcut()
+            conv, other = self._shortcut()
+            if _synced(other) != _synced(norm):
+                raise ValueError(f"BatchNorm: got {norm} and {other} in a block, expected both of one kind")
             shortcut = conv(skip)
-            moments = batch_statistics(norm, shortcut, batches)
-            result = _NormAddNormRelu.apply(*arguments, shortcut, moments, *_settings(norm))
+            statistics = batch_statistics(other, shortcut, batches)
+            result = _NormAddNormRelu.apply(*arguments, shortcut, statistics, *_settings(other)[:2])
         else:
             result = _NormAddRelu.apply(*arguments, skip)
         if handed is None:
@@ -189,9 +191,9 @@ class StreamingBlock(nn.Module):
 
 
 def batch_statistics(norm: nn.BatchNorm2d, x: Tensor, batches: list[Batch]) -> Tensor:
-    """Mean and biased variance (2, C) of the batch, over all ranks for a ``SyncBatchNorm2d``.
+    """Mean, biased variance and 1 / sqrt(variance + eps) of the batch, over all ranks for a ``SyncBatchNorm2d``.
 
-    (2, P, C) of the P parts of a ``SplitBatchNorm2d``.
+    (3, C), or (3, P, C) of the P parts of a ``SplitBatchNorm2d``.
 
     Args:
         norm: in training mode.
@@ -203,15 +205,16 @@ def batch_statistics(norm: nn.BatchNorm2d, x: Tensor, batches: list[Batch]) -> T
     """
     parts = norm.parts if isinstance(norm, SplitBatchNorm2d) else 1
     with torch.no_grad():
-        moments = batch_norm_statistics(x.detach(), parts)
+        statistics = batch_norm_statistics(x.detach(), norm.eps, parts)
         count = x.numel() // x.shape[1] // parts
         if _synced(norm):
-            moments = join_statistics(moments)
+            moments = join_statistics(statistics[:2])
+            statistics = torch.cat([moments, torch.rsqrt(moments[1:] + norm.eps)])
             count *= distributed.world_size()
     if count < 2:
         raise ValueError(f"BatchNorm: got one value a channel (shape {tuple(x.shape)}), expected more in training")
-    batches.append(Batch(norm, moments, count))
-    return moments
+    batches.append(Batch(norm, statistics, count))
+    return statistics
 
 
 def enter_statistics(batches: list[Batch]) -> None:
@@ -228,7 +231,7 @@ def enter_statistics(batches: list[Batch]) -> None:
     with torch.no_grad():
         for (momentum, count, passes, groups), some in alike.items():
             norms: list[Any] = [batch.norm for batch in some]
-            moments = [batch.moments.to(norm.running_mean.dtype) for batch, norm in zip(some, norms)]
+            moments = [batch.statistics[:2].to(norm.running_mean.dtype) for batch, norm in zip(some, norms)]
             for first in range(0, passes * groups, groups):
                 pairs = moments if passes * groups == 1 else [each[:, first] for each in moments]
                 for part in range(first + 1, first + groups):
@@ -248,9 +251,9 @@ def _synced(norm: nn.Module) -> bool:
     return isinstance(norm, SyncBatchNorm2d) and distributed.world_size() > 1
 
 
-def _settings(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, float, bool]:
-    """weight, bias, eps, and whether statistics are those of all ranks: what a function takes beside the moments."""
-    return norm.weight, norm.bias, norm.eps, _synced(norm)
+def _settings(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor, bool]:
+    """weight, bias, and whether statistics are those of all ranks: what a function takes beside the statistics."""
+    return norm.weight, norm.bias, _synced(norm)
 
 
 def _check_norm(norm: Any) -> None:
@@ -266,44 +269,30 @@ def _is_stem_pool(pool: nn.MaxPool2d) -> bool:
     return square and numbers == (3, 2, 1, 1) and not pool.ceil_mode and not pool.return_indices
 
 
-class _Vectors(NamedTuple):
-    """What the sweeps need of one BatchNorm, (C,) or (P, C) each in the dtype of the statistics."""
-
-    mean: Tensor
-    inverse: Tensor
-    """1 / sqrt(variance + eps)."""
-    scale: Tensor
-    """weight · inverse."""
-    bias: Tensor
+def _vectors(statistics: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the sweeps need of one BatchNorm: mean and inverse, (C,) or (P, C), weight and bias, (C,), in one dtype."""
+    return statistics[0], statistics[2], weight.to(statistics.dtype), bias.to(statistics.dtype)
 
 
-def _vectors(moments: Tensor, weight: Tensor, bias: Tensor, eps: float) -> _Vectors:
-    mean, variance = moments[0], moments[1]
-    inverse = torch.rsqrt(variance + eps)
-    bias = bias.to(inverse.dtype)
-    bias = bias if inverse.dim() == 1 else bias.expand_as(inverse)
-    return _Vectors(mean, inverse, weight.to(inverse.dtype) * inverse, bias)
+def _of_parameters(sums: Tensor, dtype: torch.dtype) -> Tensor:
+    """(2 or 3, C) in the dtype of weight and bias: dbias and dweight as sums over parts, which share them."""
+    return (sums if sums.dim() == 2 else sums.sum(1)).to(dtype)
 
 
-def _of_parameter(gradient: Tensor, dtype: torch.dtype) -> Tensor:
-    """(C,) in the dtype of weight and bias: the sum over parts, which share them."""
-    return (gradient if gradient.dim() == 1 else gradient.sum(0)).to(dtype)
-
-
-def _coefficients(
-    gradient: Tensor, product: Tensor, vectors: _Vectors, x: Tensor, synced: bool
-) -> tuple[Tensor, Tensor]:
-    """constant and slope of the input gradient, from this rank's sums of g and of g (x - mean), (C,) or (P, C) each.
+def _over_ranks(sums: Tensor, x: Tensor, synced: bool) -> tuple[Tensor, int]:
+    """dbias and dweight as the input gradient needs them, and of how many values a channel they are sums.
 
     The statistics are functions of every rank's x, so with common statistics the sums are those of all ranks.
+
+    Args:
+        sums: this rank's, (2 or 3, C) or (2 or 3, P, C).
+        x: (N, C, H, W), what is normalised.
+        synced: whether statistics are common.
     """
-    count = x.numel() // x.shape[1] // (1 if gradient.dim() == 1 else len(gradient))
-    if synced:
-        count *= distributed.world_size()
-        sums = distributed.all_reduce(torch.stack([gradient, product]), "BatchNorm statistics, gradient")
-        gradient, product = sums[0], sums[1]
-    constant = vectors.scale * gradient / count
-    return constant, vectors.scale * vectors.inverse.square() * product / count
+    count = x.numel() // sums[0].numel()
+    if not synced:
+        return sums, count
+    return distributed.all_reduce(sums, "BatchNorm statistics, gradient"), count * distributed.world_size()
 
 
 class _NormRelu(torch.autograd.Function):
@@ -311,21 +300,21 @@ class _NormRelu(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, synced: bool
+        ctx: Any, x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, synced: bool
     ) -> Tensor:
-        vectors = _vectors(moments, weight, bias, eps)
-        ctx.save_for_backward(x, *vectors)
-        ctx.synced, ctx.dtype = synced, weight.dtype
-        return batch_norm_apply(x, vectors.mean, vectors.scale, vectors.bias)
+        ctx.save_for_backward(x, statistics, weight, bias)
+        ctx.synced = synced
+        return batch_norm_apply(x, *_vectors(statistics, weight, bias))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, mean, inverse, scale, bias = ctx.saved_tensors
-        sums = batch_norm_relu_reduce(dy, x, mean, scale, bias)
-        constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
-        dx = batch_norm_relu_input_gradient(dy, x, mean, scale, bias, constant, slope)
-        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
-        return dx, None, dweight, dbias, None, None
+        x, statistics, weight, bias = ctx.saved_tensors
+        vectors = _vectors(statistics, weight, bias)
+        sums = batch_norm_relu_reduce(dy, x, *vectors)
+        (dbias, dweight), count = _over_ranks(sums, x, ctx.synced)
+        dx = batch_norm_relu_input_gradient(dy, x, *vectors, dbias, dweight, count)
+        dbias, dweight = _of_parameters(sums, weight.dtype)
+        return dx, None, dweight, dbias, None
 
 
 class _NormAddRelu(torch.autograd.Function):
@@ -337,31 +326,30 @@ class _NormAddRelu(torch.autograd.Function):
         splits: bool,
         keeps: bool,
         x: Tensor,
-        moments: Tensor,
+        statistics: Tensor,
         weight: Tensor,
         bias: Tensor,
-        eps: float,
         synced: bool,
         shortcut: Tensor,
     ) -> Any:
-        vectors = _vectors(moments, weight, bias, eps)
-        arguments = (x, vectors.mean, vectors.scale, vectors.bias, shortcut)
+        arguments = (x, *_vectors(statistics, weight, bias), shortcut)
         if keeps:
             y, mask = batch_norm_apply_mask(*arguments)
-            ctx.save_for_backward(mask, x, *vectors)
+            ctx.save_for_backward(mask, x, statistics, weight, bias)
         else:
             y = batch_norm_apply(*arguments)
-        ctx.synced, ctx.dtype = synced, weight.dtype
+        ctx.synced = synced
         return (y, y.view_as(y)) if splits else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dy_skip: Tensor | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        mask, x, mean, inverse, scale, bias = ctx.saved_tensors
-        g, sums = batch_norm_add_reduce(dy, dy_skip, mask, x, mean)
-        constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
-        dx = batch_norm_input_gradient(g, x, mean, scale, constant, slope)
-        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
-        return None, None, dx, None, dweight, dbias, None, None, g
+        mask, x, statistics, weight, bias = ctx.saved_tensors
+        mean, inverse, scale, _ = _vectors(statistics, weight, bias)
+        g, sums = batch_norm_add_reduce(dy, dy_skip, mask, x, mean, inverse)
+        (dbias, dweight), count = _over_ranks(sums, x, ctx.synced)
+        dx = batch_norm_input_gradient(g, x, mean, inverse, scale, dbias, dweight, count)
+        dbias, dweight = _of_parameters(sums, weight.dtype)
+        return None, None, dx, None, dweight, dbias, None, g
 
 
 class _NormAddNormRelu(torch.autograd.Function):
@@ -373,45 +361,40 @@ class _NormAddNormRelu(torch.autograd.Function):
         splits: bool,
         keeps: bool,
         x: Tensor,
-        moments: Tensor,
+        statistics: Tensor,
         weight: Tensor,
         bias: Tensor,
-        eps: float,
         synced: bool,
         shortcut: Tensor,
-        shortcut_moments: Tensor,
+        shortcut_statistics: Tensor,
         shortcut_weight: Tensor,
         shortcut_bias: Tensor,
-        shortcut_eps: float,
-        shortcut_synced: bool,
     ) -> Any:
-        one = _vectors(moments, weight, bias, eps)
-        other = _vectors(shortcut_moments, shortcut_weight, shortcut_bias, shortcut_eps)
-        arguments = (x, one.mean, one.scale, one.bias, shortcut, other.mean, other.scale, other.bias)
+        one = (statistics, weight, bias)
+        other = (shortcut_statistics, shortcut_weight, shortcut_bias)
+        arguments = (x, *_vectors(*one), shortcut, *_vectors(*other))
         if keeps:
             y, mask = batch_norm_apply_mask(*arguments)
             ctx.save_for_backward(mask, x, *one, shortcut, *other)
         else:
             y = batch_norm_apply(*arguments)
-        ctx.synced, ctx.dtype = synced, weight.dtype
-        ctx.shortcut_synced = shortcut_synced
+        ctx.synced = synced
         return (y, y.view_as(y)) if splits else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dy_skip: Tensor | None = None) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        mask, x, mean, inverse, scale, bias, shortcut, mean_s, inverse_s, scale_s, bias_s = ctx.saved_tensors
-        g, sums = batch_norm_add_reduce(dy, dy_skip, mask, x, mean, shortcut, mean_s)
-        one, other = _Vectors(mean, inverse, scale, bias), _Vectors(mean_s, inverse_s, scale_s, bias_s)
-        coefficients = _coefficients(sums[0], sums[1], one, x, ctx.synced)
-        coefficients_s = _coefficients(sums[0], sums[2], other, shortcut, ctx.shortcut_synced)
+        mask, x, statistics, weight, bias, shortcut, statistics_s, weight_s, bias_s = ctx.saved_tensors
+        mean, inverse, scale, _ = _vectors(statistics, weight, bias)
+        mean_s, inverse_s, scale_s, _ = _vectors(statistics_s, weight_s, bias_s)
+        g, sums = batch_norm_add_reduce(dy, dy_skip, mask, x, mean, inverse, shortcut, mean_s, inverse_s)
+        (dbias, dweight, dweight_s), count = _over_ranks(sums, x, ctx.synced)
         dx, dshortcut = batch_norm_input_gradients(
-            g, x, mean, scale, *coefficients, shortcut, mean_s, scale_s, *coefficients_s
+            *(g, x, mean, inverse, scale, dbias, dweight),
+            *(shortcut, mean_s, inverse_s, scale_s, dweight_s, count),
         )
-        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
-        dweight_s = _of_parameter(sums[2] * inverse_s, ctx.dtype)
-        gradients = (dx, None, dweight, dbias, None, None)
-        shortcut_gradients = (dshortcut, None, dweight_s, dbias.clone(), None, None)
-        return None, None, *gradients, *shortcut_gradients
+        dbias, dweight, dweight_s = _of_parameters(sums, weight.dtype)
+        # A memory each for the gradients of both, which may be written to.
+        return None, None, dx, None, dweight, dbias, None, dshortcut, None, dweight_s, dbias.clone()
 
 
 class _NormReluPool(torch.autograd.Function):
@@ -419,19 +402,19 @@ class _NormReluPool(torch.autograd.Function):
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, x: Tensor, moments: Tensor, weight: Tensor, bias: Tensor, eps: float, synced: bool
+        ctx: Any, x: Tensor, statistics: Tensor, weight: Tensor, bias: Tensor, synced: bool
     ) -> tuple[Tensor, Tensor]:
-        vectors = _vectors(moments, weight, bias, eps)
-        y, choice = batch_norm_relu_pool(x, vectors.mean, vectors.scale, vectors.bias)
-        ctx.save_for_backward(x, choice, *vectors)
-        ctx.synced, ctx.dtype = synced, weight.dtype
+        y, choice = batch_norm_relu_pool(x, *_vectors(statistics, weight, bias))
+        ctx.save_for_backward(x, choice, statistics, weight, bias)
+        ctx.synced = synced
         return y, y.view_as(y)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dy_skip: Tensor) -> tuple[Any, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, choice, mean, inverse, scale, bias = ctx.saved_tensors
-        sums = batch_norm_relu_pool_reduce(dy, dy_skip, choice, x, mean, scale, bias)
-        constant, slope = _coefficients(sums[0], sums[1], _Vectors(mean, inverse, scale, bias), x, ctx.synced)
-        dx = batch_norm_relu_pool_input_gradient(dy, dy_skip, choice, x, mean, scale, bias, constant, slope)
-        dweight, dbias = _of_parameter(sums[1] * inverse, ctx.dtype), _of_parameter(sums[0], ctx.dtype)
-        return dx, None, dweight, dbias, None, None
+        x, choice, statistics, weight, bias = ctx.saved_tensors
+        vectors = _vectors(statistics, weight, bias)
+        sums = batch_norm_relu_pool_reduce(dy, dy_skip, choice, x, *vectors)
+        (dbias, dweight), count = _over_ranks(sums, x, ctx.synced)
+        dx = batch_norm_relu_pool_input_gradient(dy, dy_skip, choice, x, *vectors, dbias, dweight, count)
+        dbias, dweight = _of_parameters(sums, weight.dtype)
+        return dx, None, dweight, dbias, None

@@ -48,17 +48,17 @@ v, w = torch.zeros(64), torch.zeros(2, 64)
 A, alpha, saliency = maps(4, 128, 7, 7), torch.zeros(4, 128), torch.zeros(4, 7, 7)
 query, queue = torch.zeros(4, 128), torch.zeros(1000, 128, dtype=torch.bfloat16)
 calls = {
-    "batch_norm_statistics": (2, [(x,), (x, 2)]),
-    "batch_norm_apply": (1, [(x, v, v, v), (x, w, w, w, x, w, w, w)]),
-    "batch_norm_apply_mask": (1, [(x, v, v, v, x)]),
-    "batch_norm_relu_reduce": (2, [(x, x, v, v, v)]),
-    "batch_norm_relu_input_gradient": (1, [(x, x, v, v, v, v, v)]),
-    "batch_norm_add_reduce": (2, [(x, None, mask, x, v), (x, x, mask, x, v, x, v)]),
-    "batch_norm_input_gradient": (1, [(x, x, v, v, v, v)]),
-    "batch_norm_input_gradients": (1, [(x, x, v, v, v, v, x, v, v, v, v)]),
-    "batch_norm_relu_pool": (1, [(x, v, v, v)]),
-    "batch_norm_relu_pool_reduce": (2, [(pooled, pooled, choice, x, v, v, v)]),
-    "batch_norm_relu_pool_input_gradient": (1, [(pooled, None, choice, x, v, v, v, v, v)]),
+    "batch_norm_statistics": (2, [(x, 1e-5), (x, 1e-5, 2)]),
+    "batch_norm_apply": (1, [(x, v, v, v, v), (x, w, w, v, v, x, w, w, v, v)]),
+    "batch_norm_apply_mask": (1, [(x, v, v, v, v, x)]),
+    "batch_norm_relu_reduce": (2, [(x, x, v, v, v, v)]),
+    "batch_norm_relu_input_gradient": (1, [(x, x, v, v, v, v, v, v, 9)]),
+    "batch_norm_add_reduce": (2, [(x, None, mask, x, v, v), (x, x, mask, x, v, v, x, v, v)]),
+    "batch_norm_input_gradient": (1, [(x, x, v, v, v, v, v, 9)]),
+    "batch_norm_input_gradients": (1, [(x, x, v, v, v, v, v, x, v, v, v, v, 9)]),
+    "batch_norm_relu_pool": (1, [(x, v, v, v, v)]),
+    "batch_norm_relu_pool_reduce": (2, [(pooled, pooled, choice, x, v, v, v, v)]),
+    "batch_norm_relu_pool_input_gradient": (1, [(pooled, None, choice, x, v, v, v, v, v, v, 9)]),
 }
 operators = {value.name: value for value in vars(norm).values() if isinstance(value, norm._Operator)}
 assert operators.keys() == calls.keys(), operators.keys() ^ calls.keys()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._functorch.aot_autograd import aot_module_simplified
 from torchvision.models import resnet
 
+from cast_fast import distributed
 from cast_fast.data.batch import random_batch
 from cast_fast.encoder import build_encoder, build_trunk
 from cast_fast.forward import step_losses
@@ -106,6 +107,37 @@ def test_block_is_torchvisions(kind: str, splits: bool) -> None:
         for (name, _), value, truth in zip(streaming.named_parameters(), found, expected[1:], strict=True):
             assert error(value, truth) < EXACT, name
         assert_same_statistics(streaming, block)
+
+
+def test_each_batch_norm_has_an_eps_of_its_own() -> None:
+    block = lively(BLOCKS["basic projecting"]()).double().train()
+    norms = [module for module in block.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm, eps in zip(norms, (0.1, 0.5, 2.0), strict=True):
+        norm.eps = eps
+    streaming = StreamingBlock(copy.deepcopy(block), splits=False)
+    x = images_of(3, 5, 7, 5).requires_grad_()
+    results = []
+    for module in (block, streaming):
+        y = module(x)
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *module.parameters()])])
+    assert max(map(error, results[1], results[0])) < EXACT
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_gradients_have_memory_of_their_own(groups: int) -> None:
+    """Two BatchNorms of a block have the same gradient of the bias: what scales one in place, scales one."""
+    block = lively(BLOCKS["bottleneck projecting"]()).double().train()
+    split_batch_norm(block, groups)
+    streaming = StreamingBlock(block, splits=False)
+    streaming(images_of(3, 5, 7, 5)).square().sum().backward()
+    gradients = [parameter.grad for parameter in streaming.parameters()]
+    assert all(isinstance(gradient, Tensor) for gradient in gradients)
+    before = [gradient.clone() for gradient in gradients if gradient is not None]
+    assert torch.equal(block.get_parameter("bn3.bias").grad, block.get_parameter("downsample.1.bias").grad)  # pyright: ignore[reportArgumentType]
+    for gradient in gradients:
+        assert gradient is not None
+        gradient.mul_(2)
+    assert all(torch.equal(gradient, 2 * was) for gradient, was in zip(gradients, before) if gradient is not None)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +440,7 @@ def test_two_ranks_with_common_statistics_are_one_process(tmp_path: Path) -> Non
 # Mistakes
 
 
-def test_callers_mistakes() -> None:
+def test_callers_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="batch_norm: got 'fused', expected one of torch, streaming"):
         build_trunk("resnet18", "fused")
     with pytest.raises(ValueError, match="block: got Sequential, expected BasicBlock or Bottleneck"):
@@ -428,6 +460,12 @@ def test_callers_mistakes() -> None:
     block = StreamingBlock(resnet.BasicBlock(4, 4)).train()
     with pytest.raises(ValueError, match=r"BatchNorm: got one value a channel \(shape \(1, 4, 1, 1\)\)"):
         block(torch.randn(1, 4, 1, 1))
+    mixed = StreamingBlock(BLOCKS["basic projecting"]()).train()
+    synchronise_batch_norm(mixed.get_submodule("downsample"))
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    with pytest.raises(ValueError, match=r"BatchNorm: got .* in a block, expected both of one kind"):
+        mixed(torch.randn(2, 5, 7, 7))
+    monkeypatch.undo()
     synchronised = StreamingTrunk(small_resnet(resnet.BasicBlock, 1))
     synchronise_batch_norm(synchronised)
     assert synchronised.get_submodule("layer2.0.downsample.1").__class__.__name__ == "SyncBatchNorm2d"

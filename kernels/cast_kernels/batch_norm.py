@@ -3,32 +3,32 @@
 With rows r = (n, h, w), R of them, and channels c::
 
     mean_c, variance_c = mean and biased variance of x over rows        (Ioffe & Szegedy, ICML 2015)
-    scale_c = weight_c / sqrt(variance_c + eps)
+    inverse_c = 1 / sqrt(variance_c + eps),  scale_c = weight_c inverse_c
     z_rc = (x_rc - mean_c) scale_c + bias_c  [+ shortcut_rc, or the same of a second x]
     y_rc = max(z_rc, 0)                      [then max pooling 3x3, stride 2, padding 1]
 
     g_rc  = dy_rc 1[y_rc > 0]                [dy + dy_skip; through the pool]
-    dbias_c = sum_r g_rc
-    t_c     = sum_r g_rc (x_rc - mean_c),    dweight_c = t_c / sqrt(variance_c + eps)
-    dx_rc = scale_c g_rc - constant_c - slope_c (x_rc - mean_c)
-    constant_c = scale_c dbias_c / R,        slope_c = scale_c t_c / (R (variance_c + eps))
+    dbias_c   = sum_r g_rc
+    dweight_c = sum_r g_rc (x_rc - mean_c) inverse_c
+    dx_rc = scale_c (g_rc - dbias_c / R - (x_rc - mean_c) inverse_c dweight_c / R)
 
-The operators do the sweeps over rows; the arithmetic on (C,) vectors between them, running statistics, sums over
-ranks and the composition of the gradient are the caller's, in ordinary operations. No operator has a derivative.
+The operators take vectors as other operators leave them: between two sweeps nothing is to be computed, and nothing to
+be launched. Running statistics, sums over ranks and the composition of the gradient are the caller's, in ordinary
+operations. No operator has a derivative.
 
 ================================  ==============================================  ===========================
 operator                          reads (activations)                             writes
 ================================  ==============================================  ===========================
-batch_norm_statistics             x                                               mean and variance
+batch_norm_statistics             x                                               mean, variance, inverse
 batch_norm_apply                  x [, shortcut]                                  y
 batch_norm_apply_mask             x, shortcut                                     y, mask (a sixteenth of y)
-batch_norm_relu_reduce            dy, x                                           two sums
+batch_norm_relu_reduce            dy, x                                           dbias, dweight
 batch_norm_relu_input_gradient    dy, x                                           dx
-batch_norm_add_reduce             dy [, dy_skip], mask, x [, shortcut]            g and two or three sums
+batch_norm_add_reduce             dy [, dy_skip], mask, x [, shortcut]            g, dbias, one or two dweight
 batch_norm_input_gradient         g, x                                            dx
 batch_norm_input_gradients        g, x, shortcut                                  dx, dshortcut
 batch_norm_relu_pool              x                                               y, choice (a quarter of x)
-batch_norm_relu_pool_reduce       dy [, dy_skip], choice, x                       two sums
+batch_norm_relu_pool_reduce       dy [, dy_skip], choice, x                       dbias, dweight
 batch_norm_relu_pool_input_...    dy [, dy_skip], choice, x                       dx
 ================================  ==============================================  ===========================
 
@@ -44,8 +44,8 @@ but rounds to zero does not (in float16 below 3e-8). A NaN in y is not zero and 
 the pool the values are rounded before they are compared, so that ties are those of the rounded activations: values and
 choices are torch's to the bit.
 
-Parts. The samples may be P equal runs with statistics of their own, as if each were a batch. Everything that is said
-here to be (C,) is then (P, C), R is the number of rows of a part, and the launches are as many as for one part.
+Parts. The samples may be P equal runs with statistics of their own, as if each were a batch. Statistics and sums are
+then (P, C), weight and bias stay (C,), R is the number of rows of a part, and the launches are as many as for one part.
 
 Memory format: everything is channels-last. Other strides are copied once, by ordinary operations, before the operator.
 """
@@ -76,6 +76,8 @@ RESIDENT = 4
 """Programs of a reduction on each multiprocessor; registers and shared memory admit 3 to 5."""
 REGISTERS = 168
 """Of a thread at most: three programs on a multiprocessor. The limit keeps the assembler from spilling for a fourth."""
+PACKED_REGISTERS = 96
+"""The same where a mask is packed for parts: five programs. For a sixth or seventh some architecture would spill."""
 MAX_POOLED_PIXELS = 2**30
 """Largest N·H·W in front of the pool."""
 MAX_PARTS = 65_535
@@ -104,8 +106,8 @@ def _octets(channels: int) -> int:
 
 
 def _moments(x: Tensor, parts: int) -> Tensor:
-    """Empty (2, C), or (2, parts, C)."""
-    shape = (2, x.shape[1]) if parts == 1 else (2, parts, x.shape[1])
+    """Empty (3, C), or (3, parts, C)."""
+    shape = (3, x.shape[1]) if parts == 1 else (3, parts, x.shape[1])
     return torch.empty(shape, dtype=reference.wide_dtype(x), device=x.device)
 
 
@@ -130,7 +132,7 @@ def _sweep(
     kernel: Any,
     x: Tensor,
     parts: int,
-    arguments: tuple[Tensor | int, ...],
+    arguments: tuple[Tensor | float, ...],
     elements: int,
     pooled: bool = False,
     registers: int | None = None,
@@ -147,28 +149,34 @@ def _reduction(
     parts: int,
     arguments: tuple[Tensor | int, ...],
     sums: Tensor,
+    finish: tuple[Tensor | float, ...],
     elements: int,
     pooled: bool = False,
     **constants: Any,
 ) -> list[Launch]:
-    """A sweep by as many programs as keep the GPU busy, and the launch that combines what they leave in a buffer."""
+    """A sweep by as many programs as keep the GPU busy, and the launch that combines what they leave in a buffer.
+
+    ``finish`` is what the second needs beside it: eps, or the ``inverse`` of each dweight.
+    """
     _, sizes, constants = _sizes(x, parts, elements, pooled, constants)
     rows, *_, tiles, blocks = sizes
     # Rounded down: one program more than fit would double the time.
     programs = max(1, min(tiles, RESIDENT * device_properties(x.device)[1] // (blocks * parts)))
-    partial = torch.empty((programs, *sums.shape), dtype=torch.float32, device=x.device)
+    statistics = kernel is kernels._statistics_kernel
+    count = 2 if statistics else len(sums)
+    partial = torch.empty((programs, count, *sums.shape[1:]), dtype=torch.float32, device=x.device)
     given = (*arguments, partial, *sizes, programs)
     # That of the pool needs more where C is no multiple of 8.
     registers = None if pooled and x.shape[1] % 8 else REGISTERS
     sweep = Launch(kernel, (programs * blocks, parts), given, constants, WARPS, max_registers=registers)
     block = {"BLOCK_P": COMBINED, "BLOCK_C": 16}
-    if kernel is kernels._statistics_kernel:
+    width = parts * x.shape[1]
+    if statistics:
         block["BLOCK_R"] = constants["BLOCK_R"]
-        width = parts * x.shape[1]
         grid = (triton.cdiv(width, 16),)
-        given = (partial, sums, rows, width, tiles, programs)
+        given = (partial, sums, *finish, rows, width, tiles, programs)
         return [sweep, Launch(kernels._combine_statistics_kernel, grid, given, block, WARPS)]
-    given = (partial, sums, programs, sums.numel())
+    given = (partial, finish[0], finish[-1], sums, programs, width, sums.numel())
     return [sweep, Launch(kernels._combine_sums_kernel, (triton.cdiv(sums.numel(), 16),), given, block, WARPS)]
 
 
@@ -192,31 +200,48 @@ def _sizes(
     return (tiles * blocks, parts), (rows, channels, *sizes, tiles, blocks), constants
 
 
-def _plan_statistics(x: Tensor, parts: int, moments: Tensor) -> list[Launch]:
-    return _reduction(kernels._statistics_kernel, x, parts, (x,), moments, REDUCED, STAGES=5)
+def _plan_statistics(x: Tensor, eps: float, parts: int, statistics: Tensor) -> list[Launch]:
+    return _reduction(kernels._statistics_kernel, x, parts, (x,), statistics, (eps,), REDUCED, STAGES=5)
 
 
 def _plan_apply(
-    x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, shortcut: Tensor | None, *rest: Tensor | None
+    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor, *rest: Tensor | None
 ) -> list[Launch]:
-    *others, y, mask = rest
+    shortcut, *others, y, mask = rest
     kind = 0 if shortcut is None else 1 if others[0] is None else 2
     # What a kernel does not use is any pointer.
     given = (x if tensor is None else tensor for tensor in (shortcut, *others, y, mask))
-    arguments = (x, mean, scale, bias, *given, _octets(x.shape[1]))
+    arguments = (x, mean, inverse, weight, bias, *given, _octets(x.shape[1]))
     constants = {"SHORTCUT": kind, "KEEPS": mask is not None}
-    return [_sweep(kernels._apply_kernel, x, _parts(mean), arguments, STREAMED, **constants)]
+    limited = mask is not None and kind == 1 and _parts(mean) > 1 and x.shape[1] % 8 == 0
+    registers = PACKED_REGISTERS if limited else None
+    return [_sweep(kernels._apply_kernel, x, _parts(mean), arguments, STREAMED, registers=registers, **constants)]
 
 
-def _plan_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, sums: Tensor) -> list[Launch]:
+def _plan_relu_reduce(
+    dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor, sums: Tensor
+) -> list[Launch]:
     constants = {"VANISHES": VANISHES[x.dtype], "STAGES": 3}
-    arguments = (dy, x, mean, scale, bias)
-    return _reduction(kernels._relu_reduce_kernel, x, _parts(mean), arguments, sums, REDUCED, **constants)
+    arguments = (dy, x, mean, inverse, weight, bias)
+    kernel = kernels._relu_reduce_kernel
+    return _reduction(kernel, x, _parts(mean), arguments, sums, (inverse,), REDUCED, **constants)
 
 
-def _plan_relu_input_gradient(dy: Tensor, x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
+def _plan_relu_input_gradient(
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
+    dx: Tensor,
+) -> list[Launch]:
     constants = {"MASKED": False, "VANISHES": VANISHES[x.dtype]}
-    return [_sweep(kernels._input_gradient_kernel, x, _parts(mean), (dy, x, mean, *rest), STREAMED, **constants)]
+    arguments = (dy, x, mean, inverse, weight, bias, dbias, dweight, dx, 1 / count)
+    return [_sweep(kernels._input_gradient_kernel, x, _parts(mean), arguments, STREAMED, **constants)]
 
 
 def _plan_add_reduce(
@@ -225,27 +250,40 @@ def _plan_add_reduce(
     mask: Tensor,
     x: Tensor,
     mean: Tensor,
+    inverse: Tensor,
     shortcut: Tensor | None,
     shortcut_mean: Tensor | None,
+    shortcut_inverse: Tensor | None,
     g: Tensor,
     sums: Tensor,
 ) -> list[Launch]:
     given = (dy, dy if dy_skip is None else dy_skip, mask, _octets(x.shape[1]), x, mean)
     given += (x, mean) if shortcut is None or shortcut_mean is None else (shortcut, shortcut_mean)
+    finish = (inverse,) if shortcut_inverse is None else (inverse, shortcut_inverse)
     constants = {"SKIP": dy_skip is not None, "SHORTCUT": shortcut is not None, "STAGES": 3}
-    return _reduction(kernels._add_reduce_kernel, x, _parts(mean), (*given, g), sums, REDUCED, **constants)
+    return _reduction(kernels._add_reduce_kernel, x, _parts(mean), (*given, g), sums, finish, REDUCED, **constants)
 
 
 def _plan_input_gradient(
-    g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, constant: Tensor, slope: Tensor, dx: Tensor
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
+    dx: Tensor,
 ) -> list[Launch]:
     constants = {"MASKED": True, "VANISHES": 0.0}
-    arguments = (g, x, mean, scale, scale, constant, slope, dx)
+    arguments = (g, x, mean, inverse, weight, weight, dbias, dweight, dx, 1 / count)
     return [_sweep(kernels._input_gradient_kernel, x, _parts(mean), arguments, STREAMED, **constants)]
 
 
-def _plan_input_gradients(g: Tensor, x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
-    return [_sweep(kernels._input_gradients_kernel, x, _parts(mean), (g, x, mean, *rest), STREAMED)]
+def _plan_input_gradients(g: Tensor, x: Tensor, mean: Tensor, *rest: Any) -> list[Launch]:
+    *vectors, count, dx, dshortcut = rest
+    arguments = (g, x, mean, *vectors, dx, dshortcut, 1 / count)
+    return [_sweep(kernels._input_gradients_kernel, x, _parts(mean), arguments, STREAMED)]
 
 
 def _plan_relu_pool(x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
@@ -255,19 +293,28 @@ def _plan_relu_pool(x: Tensor, mean: Tensor, *rest: Tensor) -> list[Launch]:
 
 
 def _plan_relu_pool_reduce(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, *rest: Tensor
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    choice: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    sums: Tensor,
 ) -> list[Launch]:
-    *vectors, sums = rest
     constants = {"SKIP": dy_skip is not None, "VANISHES": VANISHES[x.dtype]}
-    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, mean, *vectors)
-    return _reduction(kernels._relu_pool_reduce_kernel, x, _parts(mean), arguments, sums, POOLED, True, **constants)
+    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, mean, inverse, weight, bias)
+    kernel = kernels._relu_pool_reduce_kernel
+    return _reduction(kernel, x, _parts(mean), arguments, sums, (inverse,), POOLED, True, **constants)
 
 
 def _plan_relu_pool_input_gradient(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, *rest: Tensor
+    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, *rest: Any
 ) -> list[Launch]:
+    *vectors, count, dx = rest
     constants = {"SKIP": dy_skip is not None, "VANISHES": VANISHES[x.dtype]}
-    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, mean, *rest)
+    arguments = (dy, dy if dy_skip is None else dy_skip, choice, x, mean, *vectors, dx, 1 / count)
     return [_sweep(kernels._relu_pool_input_gradient_kernel, x, _parts(mean), arguments, POOLED, True, **constants)]
 
 
@@ -330,7 +377,7 @@ class _Operator:
         return (*arguments, *self._defaults[len(arguments) :])
 
 
-_statistics = _Operator(reference.batch_norm_statistics, lambda x, parts: (_moments(x, parts),), _plan_statistics)
+_statistics = _Operator(reference.batch_norm_statistics, lambda x, eps, parts: (_moments(x, parts),), _plan_statistics)
 _apply = _Operator(
     reference.batch_norm_apply, lambda x, *_: (_activations(x),), lambda *arguments: _plan_apply(*arguments, None)
 )
@@ -341,7 +388,10 @@ _relu_input_gradient = _Operator(
 )
 _add_reduce = _Operator(
     reference.batch_norm_add_reduce,
-    lambda dy, dy_skip, mask, x, mean, shortcut, _: (_activations(x), _sums(mean, 2 if shortcut is None else 3)),
+    lambda dy, dy_skip, mask, x, mean, inverse, shortcut, *_: (
+        _activations(x),
+        _sums(mean, 2 if shortcut is None else 3),
+    ),
     _plan_add_reduce,
 )
 _input_gradient = _Operator(
@@ -367,8 +417,16 @@ _relu_pool_input_gradient = _Operator(
 )
 
 
-def _check(x: Tensor, maps: Mapping[str, Tensor | None], vectors: Mapping[str, Tensor | None]) -> None:
-    """Raise ValueError unless x is what the operators take, ``maps`` are like x and ``vectors`` (C,) or (P, C)."""
+def _check(
+    x: Tensor,
+    maps: Mapping[str, Tensor | None],
+    vectors: Mapping[str, Tensor | None],
+    affine: Mapping[str, Tensor | None],
+) -> None:
+    """Raise ValueError unless x is what the operators take, and the others fit it.
+
+    ``maps`` are like x, ``vectors`` (C,) or (P, C), and ``affine`` (C,).
+    """
     if x.dim() != 4 or x.numel() == 0:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, C, H, W), not empty")
     check_kernel_dtype("x", x)
@@ -385,7 +443,11 @@ def _check(x: Tensor, maps: Mapping[str, Tensor | None], vectors: Mapping[str, T
         if tensor is not None:
             check_shape(name, tensor, shape, meaning)
             _check_dtype(name, tensor, reference.wide_dtype(x))
-    check_same_device("x", x, **maps, **vectors)
+    for name, tensor in affine.items():
+        if tensor is not None:
+            check_shape(name, tensor, (x.shape[1],), "(C,)")
+            _check_dtype(name, tensor, reference.wide_dtype(x))
+    check_same_device("x", x, **maps, **vectors, **affine)
 
 
 def _check_parts(name: str, parts: int, x: Tensor) -> None:
@@ -393,6 +455,11 @@ def _check_parts(name: str, parts: int, x: Tensor) -> None:
         raise ValueError(
             f"{name}: got {parts} parts, expected a divisor of {x.shape[0]} (samples), at most {MAX_PARTS}"
         )
+
+
+def _check_count(count: int) -> None:
+    if count < 1:
+        raise ValueError(f"count: got {count}, expected at least 1 value a channel")
 
 
 def _check_dtype(name: str, tensor: Tensor, expected: torch.dtype) -> None:
@@ -432,67 +499,97 @@ def _dense(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.contiguous(memory_format=formats[int(t.dim() == 4)]) for t in tensors]
 
 
-def batch_norm_statistics(x: Tensor, parts: int = 1) -> Tensor:
-    """Mean and biased variance of every channel.
+def batch_norm_statistics(x: Tensor, eps: float, parts: int = 1) -> Tensor:
+    """Mean and biased variance of every channel, and 1 / sqrt(variance + eps).
 
     Args:
         x: (N, C, H, W), not empty, bfloat16, float16 or float32; on the CPU also float64.
+        eps: added to the variance; ``nn.BatchNorm2d`` has 1e-5.
         parts: P, how many equal runs of samples have statistics of their own; a divisor of N, at most 65,535.
 
     Returns:
-        (2, C), or (2, P, C) for more than one part, float32 (float64 for float64): mean and variance over N / P, H, W.
-        Accurate also where the mean is large against the deviation: sums are taken of differences from a value near
-        the mean (Chan, Golub & LeVeque, 1983).
+        (3, C), or (3, P, C) for more than one part, float32 (float64 for float64): mean, variance and inverse over
+        N / P, H, W. Accurate also where the mean is large against the deviation: sums are taken of differences from a
+        value near the mean (Chan, Golub & LeVeque, 1983).
 
     Raises:
-        ValueError: for a shape or type that does not fit, or a P that does not divide N.
+        ValueError: for a shape or type that does not fit, a negative eps, or a P that does not divide N.
     """
-    _check(x, {}, {})
+    _check(x, {}, {}, {})
     _check_parts("parts", parts, x)
-    return _statistics(*_dense(x), parts)
+    if not eps >= 0:
+        raise ValueError(f"eps: got {eps}, expected at least 0")
+    return _statistics(*_dense(x), eps, parts)
 
 
 def batch_norm_apply(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
     bias: Tensor,
     shortcut: Tensor | None = None,
     shortcut_mean: Tensor | None = None,
-    shortcut_scale: Tensor | None = None,
+    shortcut_inverse: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
     shortcut_bias: Tensor | None = None,
 ) -> Tensor:
     """ReLU of the normalised x, plus the shortcut or the normalised shortcut where there is one.
 
     Args:
         x: (N, C, H, W) as in ``batch_norm_statistics``.
-        mean, scale, bias: (C,) float32 (float64 with float64), or (P, C) of P parts, as then all vectors are; scale is
-            weight / sqrt(variance + eps).
+        mean, inverse: (C,) float32 (float64 with float64), or (P, C) of P parts, from there.
+        weight, bias: (C,) in the dtype of mean, whatever P.
         shortcut: like x.
-        shortcut_mean, shortcut_scale, shortcut_bias: (C,) each, where the shortcut has a BatchNorm of its own.
+        shortcut_mean, shortcut_inverse, shortcut_weight, shortcut_bias: like mean and so on, where the shortcut has a
+            BatchNorm of its own.
 
     Returns:
-        ``max((x - mean) scale + bias + ..., 0)``, (N, C, H, W) in the dtype of x, channels-last, rounded once.
+        ``max((x - mean) inverse weight + bias + ..., 0)``, (N, C, H, W) in the dtype of x, channels-last, rounded once.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
-    vectors = {"shortcut_mean": shortcut_mean, "shortcut_scale": shortcut_scale, "shortcut_bias": shortcut_bias}
-    _check(x, {"shortcut": shortcut}, {"mean": mean, "scale": scale, "bias": bias, **vectors})
-    _together(("shortcut_mean", shortcut_mean), shortcut_scale=shortcut_scale, shortcut_bias=shortcut_bias)
+    others = (shortcut_mean, shortcut_inverse, shortcut_weight, shortcut_bias)
+    _check_apply(x, mean, inverse, weight, bias, shortcut, *others)
+    return _apply(*_dense(x, mean, inverse, weight, bias, shortcut, *others))
+
+
+def _check_apply(
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    shortcut: Tensor | None,
+    shortcut_mean: Tensor | None,
+    shortcut_inverse: Tensor | None,
+    shortcut_weight: Tensor | None,
+    shortcut_bias: Tensor | None,
+) -> None:
+    vectors = {"mean": mean, "inverse": inverse, "shortcut_mean": shortcut_mean, "shortcut_inverse": shortcut_inverse}
+    affine = {"weight": weight, "bias": bias, "shortcut_weight": shortcut_weight, "shortcut_bias": shortcut_bias}
+    _check(x, {"shortcut": shortcut}, vectors, affine)
+    _together(
+        ("shortcut_mean", shortcut_mean),
+        shortcut_inverse=shortcut_inverse,
+        shortcut_weight=shortcut_weight,
+        shortcut_bias=shortcut_bias,
+    )
     if shortcut is None and shortcut_mean is not None:
         raise ValueError("shortcut: got None, expected a tensor as shortcut_mean is given")
-    return _apply(*_dense(x, mean, scale, bias, shortcut, shortcut_mean, shortcut_scale, shortcut_bias))
 
 
 def batch_norm_apply_mask(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
     bias: Tensor,
     shortcut: Tensor,
     shortcut_mean: Tensor | None = None,
-    shortcut_scale: Tensor | None = None,
+    shortcut_inverse: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
     shortcut_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``batch_norm_apply`` with a shortcut, and where its result is not zero, for ``batch_norm_add_reduce``.
@@ -504,48 +601,62 @@ def batch_norm_apply_mask(
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
-    vectors = {"shortcut_mean": shortcut_mean, "shortcut_scale": shortcut_scale, "shortcut_bias": shortcut_bias}
-    _check(x, {"shortcut": shortcut}, {"mean": mean, "scale": scale, "bias": bias, **vectors})
-    _together(("shortcut_mean", shortcut_mean), shortcut_scale=shortcut_scale, shortcut_bias=shortcut_bias)
-    return _apply_mask(*_dense(x, mean, scale, bias, shortcut, shortcut_mean, shortcut_scale, shortcut_bias))
+    others = (shortcut_mean, shortcut_inverse, shortcut_weight, shortcut_bias)
+    _check_apply(x, mean, inverse, weight, bias, shortcut, *others)
+    return _apply_mask(*_dense(x, mean, inverse, weight, bias, shortcut, *others))
 
 
-def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """What the gradient of BatchNorm + ReLU needs from all rows: dbias, and dweight but for a factor.
+def batch_norm_relu_reduce(
+    dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """Gradients of bias and weight of BatchNorm + ReLU, which the gradient of x needs too.
 
     Args:
-        dy: like x, the gradient of ``batch_norm_apply(x, mean, scale, bias)``.
-        x, mean, scale, bias: as there.
+        dy: like x, the gradient of ``batch_norm_apply(x, mean, inverse, weight, bias)``.
+        x, mean, inverse, weight, bias: as there.
 
     Returns:
-        (2, C), or (2, P, C), float32 (float64 for float64): the sums over N, H, W of g and of g (x - mean), where g is
-        dy wherever the output is not zero, and zero elsewhere.
+        (2, C), or (2, P, C), float32 (float64 for float64): dbias and dweight, the sums over N, H, W of g and of
+        g (x - mean) inverse, where g is dy wherever the output is not zero, and zero elsewhere. Those of weight and
+        bias, which all parts have in common, are the sums over parts.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
-    _check(x, {"dy": dy}, {"mean": mean, "scale": scale, "bias": bias})
-    return _relu_reduce(*_dense(dy, x, mean, scale, bias))
+    _check(x, {"dy": dy}, {"mean": mean, "inverse": inverse}, {"weight": weight, "bias": bias})
+    return _relu_reduce(*_dense(dy, x, mean, inverse, weight, bias))
 
 
 def batch_norm_relu_input_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, constant: Tensor, slope: Tensor
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
 ) -> Tensor:
-    """``scale g - constant - slope (x - mean)``, with g as in ``batch_norm_relu_reduce``.
+    """Gradient of x behind BatchNorm + ReLU.
 
     Args:
-        dy, x, mean, scale, bias: as in ``batch_norm_relu_reduce``.
-        constant, slope: (C,), as the module's docstring has them.
+        dy, x, mean, inverse, weight, bias: as in ``batch_norm_relu_reduce``.
+        dbias, dweight: like mean, from there; sums over ranks where the statistics are those of all ranks.
+        count: R, of how many values of a channel and part mean and variance are, over as many ranks as dbias and
+            dweight.
 
     Returns:
-        dx (N, C, H, W) in the dtype of x, channels-last.
+        ``weight inverse (g - dbias / R - (x - mean) inverse dweight / R)``, (N, C, H, W) in the dtype of x,
+        channels-last.
 
     Raises:
-        ValueError: for shapes, types or devices that do not fit.
+        ValueError: for shapes, types or devices that do not fit, or a count below 1.
     """
-    vectors = {"mean": mean, "scale": scale, "bias": bias, "constant": constant, "slope": slope}
-    _check(x, {"dy": dy}, vectors)
-    return _relu_input_gradient(*_dense(dy, x, mean, scale, bias, constant, slope))
+    vectors = {"mean": mean, "inverse": inverse, "dbias": dbias, "dweight": dweight}
+    _check(x, {"dy": dy}, vectors, {"weight": weight, "bias": bias})
+    _check_count(count)
+    return _relu_input_gradient(*_dense(dy, x, mean, inverse, weight, bias, dbias, dweight), count)
 
 
 def batch_norm_add_reduce(
@@ -554,93 +665,112 @@ def batch_norm_add_reduce(
     mask: Tensor,
     x: Tensor,
     mean: Tensor,
+    inverse: Tensor,
     shortcut: Tensor | None = None,
     shortcut_mean: Tensor | None = None,
+    shortcut_inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient behind the last ReLU of a residual block, written once, and what BatchNorm needs from all rows.
+    """The gradient behind the last ReLU of a residual block, written once, and those of bias and weight.
 
     Args:
         dy, dy_skip: like x, the gradients of the block's output y from its readers (the next block's convolution and
             its shortcut); they are added in float32.
         mask: uint8 (N, ceil(C / 8), H, W), from ``batch_norm_apply_mask``.
-        x, mean: input and mean of the block's last BatchNorm.
-        shortcut, shortcut_mean: those of the BatchNorm in the shortcut, where there is one.
+        x, mean, inverse: input and statistics of the block's last BatchNorm.
+        shortcut, shortcut_mean, shortcut_inverse: those of the BatchNorm in the shortcut, where there is one.
 
     Returns:
         g (N, C, H, W) in the dtype of x, channels-last: ``dy + dy_skip`` wherever y is not zero; it is the gradient of
-        the shortcut as well. And its sums, float32 (float64 for float64): of g, of g (x - mean) and, where a shortcut
-        is given, of g (shortcut - shortcut_mean); (2, C) or (3, C), or with P between.
+        the shortcut as well. And dbias, dweight and, where a shortcut is given, its dweight, float32 (float64 for
+        float64): the sums of g, of g (x - mean) inverse and of g (shortcut - shortcut_mean) shortcut_inverse; (2, C) or
+        (3, C), or with P between. The dbias of both BatchNorms is the same.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
     maps = {"dy": dy, "dy_skip": dy_skip, "shortcut": shortcut}
-    _check(x, maps, {"mean": mean, "shortcut_mean": shortcut_mean})
-    _together(("shortcut", shortcut), shortcut_mean=shortcut_mean)
+    others = {"shortcut_mean": shortcut_mean, "shortcut_inverse": shortcut_inverse}
+    _check(x, maps, {"mean": mean, "inverse": inverse, **others}, {})
+    _together(("shortcut", shortcut), **others)
     samples, channels, height, width = x.shape
     check_shape("mask", mask, (samples, _octets(channels), height, width), "(N, ceil(C / 8), H, W)")
     _check_dtype("mask", mask, torch.uint8)
     check_same_device("x", x, mask=mask)
-    return _add_reduce(*_dense(dy, dy_skip, mask, x, mean, shortcut, shortcut_mean))
+    return _add_reduce(*_dense(dy, dy_skip, mask, x, mean, inverse, shortcut, shortcut_mean, shortcut_inverse))
 
 
 def batch_norm_input_gradient(
-    g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, constant: Tensor, slope: Tensor
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
 ) -> Tensor:
-    """``scale g - constant - slope (x - mean)`` for a g that is masked already.
+    """``batch_norm_relu_input_gradient`` for a g that is masked already.
 
     Args:
         g: like x, from ``batch_norm_add_reduce``.
-        x: (N, C, H, W).
-        mean, scale, constant, slope: (C,).
+        x, mean, inverse, weight, dbias, dweight, count: as there.
 
     Returns:
         dx (N, C, H, W) in the dtype of x, channels-last.
 
     Raises:
-        ValueError: for shapes, types or devices that do not fit.
+        ValueError: for shapes, types or devices that do not fit, or a count below 1.
     """
-    _check(x, {"g": g}, {"mean": mean, "scale": scale, "constant": constant, "slope": slope})
-    return _input_gradient(*_dense(g, x, mean, scale, constant, slope))
+    vectors = {"mean": mean, "inverse": inverse, "dbias": dbias, "dweight": dweight}
+    _check(x, {"g": g}, vectors, {"weight": weight})
+    _check_count(count)
+    return _input_gradient(*_dense(g, x, mean, inverse, weight, dbias, dweight), count)
 
 
 def batch_norm_input_gradients(
     g: Tensor,
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
-    constant: Tensor,
-    slope: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
     shortcut: Tensor,
     shortcut_mean: Tensor,
-    shortcut_scale: Tensor,
-    shortcut_constant: Tensor,
-    shortcut_slope: Tensor,
+    shortcut_inverse: Tensor,
+    shortcut_weight: Tensor,
+    shortcut_dweight: Tensor,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
     """``batch_norm_input_gradient`` of both BatchNorms that a block adds up, from one read of g.
 
     Args:
-        g, x, mean, scale, constant, slope: as there.
+        g, x, mean, inverse, weight, dbias, dweight, count: as there; dbias and count are those of both.
         shortcut, shortcut_...: the same of the BatchNorm in the shortcut.
 
     Returns:
         dx and dshortcut, (N, C, H, W) in the dtype of x, channels-last.
 
     Raises:
-        ValueError: for shapes, types or devices that do not fit.
+        ValueError: for shapes, types or devices that do not fit, or a count below 1.
     """
-    vectors = {"mean": mean, "scale": scale, "constant": constant, "slope": slope}
-    others = {"mean": shortcut_mean, "scale": shortcut_scale, "constant": shortcut_constant, "slope": shortcut_slope}
-    others = {f"shortcut_{name}": tensor for name, tensor in others.items()}
-    _check(x, {"g": g, "shortcut": shortcut}, {**vectors, **others})
-    return _input_gradients(*_dense(g, x, *vectors.values(), shortcut, *others.values()))
+    first = {"mean": mean, "inverse": inverse, "dbias": dbias, "dweight": dweight}
+    second = {"mean": shortcut_mean, "inverse": shortcut_inverse, "dweight": shortcut_dweight}
+    vectors = {**first, **{f"shortcut_{name}": tensor for name, tensor in second.items()}}
+    _check(x, {"g": g, "shortcut": shortcut}, vectors, {"weight": weight, "shortcut_weight": shortcut_weight})
+    _check_count(count)
+    one = (g, x, mean, inverse, weight, dbias, dweight)
+    other = (shortcut, shortcut_mean, shortcut_inverse, shortcut_weight, shortcut_dweight)
+    return _input_gradients(*_dense(*one, *other), count)
 
 
-def batch_norm_relu_pool(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def batch_norm_relu_pool(
+    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """``batch_norm_apply`` and max pooling 3x3, stride 2, padding 1; the full-size activation is never written.
 
     Args:
-        x, mean, scale, bias: as in ``batch_norm_apply``.
+        x, mean, inverse, weight, bias: as in ``batch_norm_apply``.
 
     Returns:
         y (N, C, (H + 1) // 2, (W + 1) // 2) in the dtype of x, and choice, uint8, of the same shape: 3 · row + column
@@ -649,13 +779,20 @@ def batch_norm_relu_pool(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
-    _check(x, {}, {"mean": mean, "scale": scale, "bias": bias})
+    _check(x, {}, {"mean": mean, "inverse": inverse}, {"weight": weight, "bias": bias})
     _check_pixels(x)
-    return _relu_pool(*_dense(x, mean, scale, bias))
+    return _relu_pool(*_dense(x, mean, inverse, weight, bias))
 
 
 def batch_norm_relu_pool_reduce(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    choice: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
 ) -> Tensor:
     """``batch_norm_relu_reduce`` behind the pool.
 
@@ -663,18 +800,18 @@ def batch_norm_relu_pool_reduce(
         dy, dy_skip: (N, C, (H + 1) // 2, (W + 1) // 2), the gradients of the pool's output from its readers; they are
             added in float32.
         choice: uint8, of the same shape, from ``batch_norm_relu_pool``.
-        x, mean, scale, bias: as there.
+        x, mean, inverse, weight, bias: as there.
 
     Returns:
-        (2, C), or (2, P, C), float32 (float64 for float64): the sums of g and of g (x - mean), where g of a pixel is
-        the sum over the at most four windows that chose it, and zero where the ReLU is; not rounded.
+        dbias and dweight as there; g of a pixel is the sum over the at most four windows that chose it, and zero where
+        the ReLU is; not rounded.
 
     Raises:
         ValueError: for shapes, types or devices that do not fit.
     """
-    _check(x, {}, {"mean": mean, "scale": scale, "bias": bias})
+    _check(x, {}, {"mean": mean, "inverse": inverse}, {"weight": weight, "bias": bias})
     _check_pooled(x, dy, dy_skip, choice)
-    return _relu_pool_reduce(*_dense(dy, dy_skip, choice, x, mean, scale, bias))
+    return _relu_pool_reduce(*_dense(dy, dy_skip, choice, x, mean, inverse, weight, bias))
 
 
 def batch_norm_relu_pool_input_gradient(
@@ -683,23 +820,28 @@ def batch_norm_relu_pool_input_gradient(
     choice: Tensor,
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
     bias: Tensor,
-    constant: Tensor,
-    slope: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
 ) -> Tensor:
-    """``scale g - constant - slope (x - mean)``, with g as in ``batch_norm_relu_pool_reduce``.
+    """``batch_norm_relu_input_gradient`` behind the pool, with g as in ``batch_norm_relu_pool_reduce``.
 
     Args:
-        dy, dy_skip, choice, x, mean, scale, bias: as there.
-        constant, slope: (C,), as the module's docstring has them.
+        dy, dy_skip, choice: as in ``batch_norm_relu_pool_reduce``.
+        x, mean, inverse, weight, bias, dbias, dweight, count: as in ``batch_norm_relu_input_gradient``.
 
     Returns:
         dx (N, C, H, W) in the dtype of x, channels-last.
 
     Raises:
-        ValueError: for shapes, types or devices that do not fit.
+        ValueError: for shapes, types or devices that do not fit, or a count below 1.
     """
-    _check(x, {}, {"mean": mean, "scale": scale, "bias": bias, "constant": constant, "slope": slope})
+    vectors = {"mean": mean, "inverse": inverse, "dbias": dbias, "dweight": dweight}
+    _check(x, {}, vectors, {"weight": weight, "bias": bias})
     _check_pooled(x, dy, dy_skip, choice)
-    return _relu_pool_input_gradient(*_dense(dy, dy_skip, choice, x, mean, scale, bias, constant, slope))
+    _check_count(count)
+    given = _dense(dy, dy_skip, choice, x, mean, inverse, weight, bias, dbias, dweight)
+    return _relu_pool_input_gradient(*given, count)

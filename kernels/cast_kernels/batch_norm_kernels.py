@@ -1,7 +1,8 @@
 """The Triton kernels behind ``batch_norm``, which says what they compute and launches them.
 
 With ``MANY`` the second dimension of the grid are parts, equal runs of rows of which each has vectors of its own:
-vectors are then (parts, C), else (C,). ``rows``, ``windows``, ``tiles`` and ``programs`` count within a part.
+vectors are then (parts, C), else (C,); weight and bias are (C,) always. ``rows``, ``windows``, ``tiles`` and
+``programs`` count within a part.
 """
 
 # Triton's language is typed for its own compiler, not for a type checker.
@@ -36,6 +37,32 @@ def _vector(pointer, first_channel, channels, MANY: tl.constexpr, BLOCK_C: tl.co
         pointer += tl.program_id(1) * channels
     column = first_channel + tl.arange(0, BLOCK_C)
     return tl.load(pointer + column, mask=column < channels, other=0.0)[None, :]
+
+
+@triton.jit
+def _scale(inverse, weight, first_channel, channels, MANY: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(1, BLOCK_C): weight / sqrt(variance + eps), the same bits in every kernel."""
+    own = _vector(inverse, first_channel, channels, MANY, BLOCK_C)
+    return own * _vector(weight, first_channel, channels, False, BLOCK_C)
+
+
+@triton.jit
+def _constant_and_slope(
+    factor,
+    inverse,
+    dbias,
+    dweight,
+    share,
+    first_channel,
+    channels,
+    MANY: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(1, BLOCK_C) each: what dx loses for the mean's and for the variance's part in the gradient."""
+    shared = factor * share
+    constant = shared * _vector(dbias, first_channel, channels, MANY, BLOCK_C)
+    own = _vector(inverse, first_channel, channels, MANY, BLOCK_C)
+    return constant, shared * own * _vector(dweight, first_channel, channels, MANY, BLOCK_C)
 
 
 @triton.jit
@@ -130,7 +157,8 @@ def _statistics_kernel(
 @triton.jit
 def _combine_statistics_kernel(
     partial,
-    moments,  # out (2, parts, C)
+    statistics,  # out (3, parts, C): mean, variance and 1 / sqrt(variance + eps)
+    eps,
     rows,
     width,  # parts · C
     tiles,
@@ -161,9 +189,11 @@ def _combine_statistics_kernel(
         within = tl.load(place + width, mask=there, other=0.0)
         squares += tl.where(there, within + count * distance * distance, 0.0)
     variance = tl.sum(squares, 0) / rows
-    tl.store(moments + column, tl.sum(centre, 0), mask=inside)
     # Rounding can leave a constant channel a little below zero.
-    tl.store(moments + width + column, tl.where(variance < 0.0, 0.0, variance), mask=inside)
+    variance = tl.where(variance < 0.0, 0.0, variance)
+    tl.store(statistics + column, tl.sum(centre, 0), mask=inside)
+    tl.store(statistics + width + column, variance, mask=inside)
+    tl.store(statistics + 2 * width + column, tl.div_rn(1.0, tl.sqrt_rn(variance + eps)), mask=inside)
 
 
 @triton.jit
@@ -176,26 +206,41 @@ def _rows_of(program, rows, tiles, programs, BLOCK_R: tl.constexpr):
 
 
 @triton.jit
-def _combine_sums_kernel(partial, sums, programs, width, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """(programs, width) → (width,), in a fixed order."""
+def _combine_sums_kernel(
+    partial,
+    inverse,
+    shortcut_inverse,
+    sums,  # out (2 or 3, parts, C): dbias, dweight, and dweight of the shortcut
+    programs,
+    each,  # parts · C
+    width,  # 2 or 3 times that
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """(programs, width) → (width,), in a fixed order; then the factor that makes dweight of the sum of g (x - mean)."""
     column = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     total = tl.zeros((BLOCK_P, BLOCK_C), tl.float32)
     for first in range(0, programs, BLOCK_P):
         program = first + tl.arange(0, BLOCK_P)
         there = (program < programs)[:, None] & (column < width)[None, :]
         total += tl.load(partial + program[:, None] * width + column[None, :], mask=there, other=0.0)
-    tl.store(sums + column, tl.sum(total, 0), mask=column < width)
+    place, vector = column // each, column % each
+    factor = tl.load(inverse + vector, mask=place == 1, other=1.0)
+    factor *= tl.load(shortcut_inverse + vector, mask=place == 2, other=1.0)
+    tl.store(sums + column, tl.sum(total, 0) * factor, mask=column < width)
 
 
 @triton.jit
 def _apply_kernel(
     x,
     mean,
-    scale,
+    inverse,
+    weight,
     bias,
     shortcut,  # none, (N, C, H, W), or one with a BatchNorm of its own: SHORTCUT = 0, 1, 2
     shortcut_mean,
-    shortcut_scale,
+    shortcut_inverse,
+    shortcut_weight,
     shortcut_bias,
     y,  # out
     mask,  # out (N, H, W, octets) bytes with KEEPS
@@ -217,8 +262,8 @@ def _apply_kernel(
     z = _preactivation(
         _wide(x + base, offset, there),
         _vector(mean, first_channel, channels, MANY, BLOCK_C),
-        _vector(scale, first_channel, channels, MANY, BLOCK_C),
-        _vector(bias, first_channel, channels, MANY, BLOCK_C),
+        _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C),
+        _vector(bias, first_channel, channels, False, BLOCK_C),
     )
     if SHORTCUT == 1:
         z += _wide(shortcut + base, offset, there)
@@ -226,8 +271,8 @@ def _apply_kernel(
         z += _preactivation(
             _wide(shortcut + base, offset, there),
             _vector(shortcut_mean, first_channel, channels, MANY, BLOCK_C),
-            _vector(shortcut_scale, first_channel, channels, MANY, BLOCK_C),
-            _vector(shortcut_bias, first_channel, channels, MANY, BLOCK_C),
+            _scale(shortcut_inverse, shortcut_weight, first_channel, channels, MANY, BLOCK_C),
+            _vector(shortcut_bias, first_channel, channels, False, BLOCK_C),
         )
     rounded = _relu(z).to(y.dtype.element_ty)
     tl.store(y + base + offset, rounded, mask=there)
@@ -242,7 +287,8 @@ def _relu_reduce_kernel(
     dy,
     x,
     mean,
-    scale,
+    inverse,
+    weight,
     bias,
     partial,  # out (programs, 2, parts, C)
     rows,
@@ -258,8 +304,8 @@ def _relu_reduce_kernel(
 ):
     program, first_channel = tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_C
     centre = _vector(mean, first_channel, channels, MANY, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, MANY, BLOCK_C)
-    level = _vector(bias, first_channel, channels, MANY, BLOCK_C)
+    factor = _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C)
+    level = _vector(bias, first_channel, channels, False, BLOCK_C)
     first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for tile in tl.range(program, tiles, programs, num_stages=STAGES):
@@ -331,11 +377,13 @@ def _input_gradient_kernel(
     dy,  # or g, masked already
     x,
     mean,
-    scale,
+    inverse,
+    weight,
     bias,
-    constant,
-    slope,
+    dbias,
+    dweight,
     dx,  # out
+    share,  # 1 / values a channel
     rows,
     channels,
     tiles,
@@ -352,12 +400,11 @@ def _input_gradient_kernel(
     value = _wide(x + base, offset, there)
     g = _wide(dy + base, offset, there)
     centre = _vector(mean, first_channel, channels, MANY, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, MANY, BLOCK_C)
+    factor = _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C)
     if not MASKED:
-        level = _vector(bias, first_channel, channels, MANY, BLOCK_C)
+        level = _vector(bias, first_channel, channels, False, BLOCK_C)
         g = tl.where(_preactivation(value, centre, factor, level) <= VANISHES, 0.0, g)
-    flat = _vector(constant, first_channel, channels, MANY, BLOCK_C)
-    tilt = _vector(slope, first_channel, channels, MANY, BLOCK_C)
+    flat, tilt = _constant_and_slope(factor, inverse, dbias, dweight, share, first_channel, channels, MANY, BLOCK_C)
     gradient = factor * g - flat - tilt * (value - centre)
     tl.store(dx + base + offset, gradient.to(dx.dtype.element_ty), mask=there)
 
@@ -367,16 +414,18 @@ def _input_gradients_kernel(
     g,
     x,
     mean,
-    scale,
-    constant,
-    slope,
+    inverse,
+    weight,
+    dbias,
+    dweight,
     shortcut,
     shortcut_mean,
-    shortcut_scale,
-    shortcut_constant,
-    shortcut_slope,
+    shortcut_inverse,
+    shortcut_weight,
+    shortcut_dweight,
     dx,  # out
     dshortcut,  # out
+    share,  # 1 / values a channel
     rows,
     channels,
     tiles,
@@ -389,19 +438,17 @@ def _input_gradients_kernel(
     first_channel = tl.program_id(0) % blocks * BLOCK_C
     base, offset, there = _tile(start, rows, channels, first_channel, MANY, BLOCK_R, BLOCK_C)
     upstream = _wide(g + base, offset, there)
-    gradient = (
-        _vector(scale, first_channel, channels, MANY, BLOCK_C) * upstream
-        - _vector(constant, first_channel, channels, MANY, BLOCK_C)
-        - _vector(slope, first_channel, channels, MANY, BLOCK_C)
-        * (_wide(x + base, offset, there) - _vector(mean, first_channel, channels, MANY, BLOCK_C))
-    )
+    factor = _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C)
+    flat, tilt = _constant_and_slope(factor, inverse, dbias, dweight, share, first_channel, channels, MANY, BLOCK_C)
+    centred = _wide(x + base, offset, there) - _vector(mean, first_channel, channels, MANY, BLOCK_C)
+    gradient = factor * upstream - flat - tilt * centred
     tl.store(dx + base + offset, gradient.to(dx.dtype.element_ty), mask=there)
-    gradient = (
-        _vector(shortcut_scale, first_channel, channels, MANY, BLOCK_C) * upstream
-        - _vector(shortcut_constant, first_channel, channels, MANY, BLOCK_C)
-        - _vector(shortcut_slope, first_channel, channels, MANY, BLOCK_C)
-        * (_wide(shortcut + base, offset, there) - _vector(shortcut_mean, first_channel, channels, MANY, BLOCK_C))
+    factor = _scale(shortcut_inverse, shortcut_weight, first_channel, channels, MANY, BLOCK_C)
+    flat, tilt = _constant_and_slope(
+        factor, shortcut_inverse, dbias, shortcut_dweight, share, first_channel, channels, MANY, BLOCK_C
     )
+    centred = _wide(shortcut + base, offset, there) - _vector(shortcut_mean, first_channel, channels, MANY, BLOCK_C)
+    gradient = factor * upstream - flat - tilt * centred
     tl.store(dshortcut + base + offset, gradient.to(dshortcut.dtype.element_ty), mask=there)
 
 
@@ -429,7 +476,8 @@ def _windows(tile, windows, pooled_height, pooled_width, MANY: tl.constexpr, BLO
 def _relu_pool_kernel(
     x,
     mean,
-    scale,
+    inverse,
+    weight,
     bias,
     y,  # out
     choice,  # out
@@ -448,8 +496,8 @@ def _relu_pool_kernel(
 ):
     first_channel = tl.program_id(0) % blocks * BLOCK_C
     centre = _vector(mean, first_channel, channels, MANY, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, MANY, BLOCK_C)
-    level = _vector(bias, first_channel, channels, MANY, BLOCK_C)
+    factor = _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C)
+    level = _vector(bias, first_channel, channels, False, BLOCK_C)
     tile = tiles - 1 - tl.program_id(0) // blocks
     window, here, sample, top, left = _windows(tile, windows, pooled_height, pooled_width, MANY, BLOCK_R)
     top, left = top * 2 - 1, left * 2 - 1
@@ -536,7 +584,8 @@ def _relu_pool_reduce_kernel(
     choice,
     x,
     mean,
-    scale,
+    inverse,
+    weight,
     bias,
     partial,  # out (programs, 2, parts, C)
     windows,
@@ -559,8 +608,8 @@ def _relu_pool_reduce_kernel(
     column = first_channel + tl.arange(0, BLOCK_C)
     inside = column < channels
     centre = _vector(mean, first_channel, channels, MANY, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, MANY, BLOCK_C)
-    level = _vector(bias, first_channel, channels, MANY, BLOCK_C)
+    factor = _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C)
+    level = _vector(bias, first_channel, channels, False, BLOCK_C)
     first = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     second = tl.zeros((BLOCK_R, BLOCK_C), tl.float32)
     for tile in range(program, tiles, programs):
@@ -600,11 +649,13 @@ def _relu_pool_input_gradient_kernel(
     choice,
     x,
     mean,
-    scale,
+    inverse,
+    weight,
     bias,
-    constant,
-    slope,
+    dbias,
+    dweight,
     dx,  # out
+    share,  # 1 / values a channel
     windows,
     channels,
     height,
@@ -623,10 +674,9 @@ def _relu_pool_input_gradient_kernel(
     first_channel = tl.program_id(0) % blocks * BLOCK_C
     column = first_channel + tl.arange(0, BLOCK_C)
     centre = _vector(mean, first_channel, channels, MANY, BLOCK_C)
-    factor = _vector(scale, first_channel, channels, MANY, BLOCK_C)
-    level = _vector(bias, first_channel, channels, MANY, BLOCK_C)
-    flat = _vector(constant, first_channel, channels, MANY, BLOCK_C)
-    tilt = _vector(slope, first_channel, channels, MANY, BLOCK_C)
+    factor = _scale(inverse, weight, first_channel, channels, MANY, BLOCK_C)
+    level = _vector(bias, first_channel, channels, False, BLOCK_C)
+    flat, tilt = _constant_and_slope(factor, inverse, dbias, dweight, share, first_channel, channels, MANY, BLOCK_C)
     tile = tiles - 1 - tl.program_id(0) // blocks
     window, here, sample, row, side = _windows(tile, windows, pooled_height, pooled_width, MANY, BLOCK_R)
     gradients = _gather(

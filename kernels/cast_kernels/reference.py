@@ -266,47 +266,49 @@ def _rounded(tensor: Tensor, narrow: torch.dtype, wide: torch.dtype) -> Tensor:
     return exact + (exact.detach().to(narrow).to(wide) - exact.detach())
 
 
-def batch_norm_statistics(x: Tensor, parts: int = 1) -> Tensor:
-    """Mean and biased variance of every channel, which BatchNorm subtracts and divides by.
+def batch_norm_statistics(x: Tensor, eps: float, parts: int = 1) -> Tensor:
+    """Mean and biased variance of every channel, and 1 / sqrt(variance + eps), the inverse.
 
-    x is (N, C, H, W). Of ``parts`` equal runs of samples each has its own: (2, C), or (2, parts, C) for more than one.
-    In all functions below vectors are (C,), or (parts, C) likewise, and so are the vectors that they return.
+    x is (N, C, H, W). Of ``parts`` equal runs of samples each has its own: (3, C), or (3, parts, C) for more than one.
+    In all functions below statistics, dbias and dweight are (C,) or (parts, C) likewise; weight and bias are (C,).
     """
     wide = x.to(wide_dtype(x))
     if parts > 1:
         variance, mean = torch.var_mean(wide.unflatten(0, (parts, -1)), (1, 3, 4), correction=0)
     else:
         variance, mean = torch.var_mean(wide, (0, 2, 3), correction=0)
-    return torch.stack([mean, variance])
+    return torch.stack([mean, variance, torch.rsqrt(variance + eps)])
 
 
 def batch_norm_apply(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
     bias: Tensor,
     shortcut: Tensor | None = None,
     shortcut_mean: Tensor | None = None,
-    shortcut_scale: Tensor | None = None,
+    shortcut_inverse: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
     shortcut_bias: Tensor | None = None,
 ) -> Tensor:
     """Normalise, add the shortcut, ReLU; rounded once, at the end.
 
-    ``z = (x - mean) scale + bias``, to which ``shortcut`` is added, or ``(shortcut - shortcut_mean) shortcut_scale +
-    shortcut_bias``; ``y = max(z, 0)``, and NaN stays NaN.
+    ``z = (x - mean) inverse weight + bias``, to which ``shortcut`` is added, or the same of it and its own vectors;
+    ``y = max(z, 0)``, and NaN stays NaN.
 
     Args:
         x, shortcut: (N, C, H, W), one dtype.
-        mean, scale, bias: (C,), in the dtype that is computed in; scale is weight / sqrt(variance + eps).
-        shortcut_mean, shortcut_scale, shortcut_bias: (C,) likewise, all or none.
+        mean, inverse, weight, bias: in the dtype that is computed in.
+        shortcut_mean, shortcut_inverse, shortcut_weight, shortcut_bias: likewise, all or none.
 
     Returns:
         y (N, C, H, W) in the dtype of x.
     """
-    z = _centred(x, mean) * _by_channel(scale, x) + _by_channel(bias, x)
+    z = _normalised(x, mean, inverse) * _by_channel(weight, x) + _by_channel(bias, x)
     if shortcut is not None and shortcut_mean is not None:
-        assert shortcut_scale is not None and shortcut_bias is not None
-        normalised = _centred(shortcut, shortcut_mean) * _by_channel(shortcut_scale, x)
+        assert shortcut_inverse is not None and shortcut_weight is not None and shortcut_bias is not None
+        normalised = _normalised(shortcut, shortcut_mean, shortcut_inverse) * _by_channel(shortcut_weight, x)
         z = z + (normalised + _by_channel(shortcut_bias, x))
     elif shortcut is not None:
         z = z + shortcut.to(z.dtype)
@@ -316,11 +318,13 @@ def batch_norm_apply(
 def batch_norm_apply_mask(
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
     bias: Tensor,
     shortcut: Tensor,
     shortcut_mean: Tensor | None = None,
-    shortcut_scale: Tensor | None = None,
+    shortcut_inverse: Tensor | None = None,
+    shortcut_weight: Tensor | None = None,
     shortcut_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``batch_norm_apply``, and where y is not zero (NaN is not) in bits.
@@ -328,7 +332,8 @@ def batch_norm_apply_mask(
     Returns:
         y, and (N, ceil(C / 8), H, W) uint8: channel c is bit c mod 8 of byte c // 8, bits without a channel are 0.
     """
-    y = batch_norm_apply(x, mean, scale, bias, shortcut, shortcut_mean, shortcut_scale, shortcut_bias)
+    others = (shortcut_mean, shortcut_inverse, shortcut_weight, shortcut_bias)
+    y = batch_norm_apply(x, mean, inverse, weight, bias, shortcut, *others)
     passes = F.pad((~(y <= 0)).int(), (0, 0, 0, 0, 0, -y.shape[1] % 8)).unflatten(1, (-1, 8))
     return y, (passes << _bits(y)).sum(2).to(torch.uint8)
 
@@ -338,21 +343,35 @@ def _bits(like: Tensor) -> Tensor:
     return torch.arange(8, device=like.device, dtype=torch.int32)[:, None, None]
 
 
-def batch_norm_relu_reduce(dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
-    """Sums over N, H, W of g and of g (x - mean), (2, C), where g is dy wherever ``batch_norm_apply`` is not zero."""
-    return _sums(mean, _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias)), _centred(x, mean))
+def batch_norm_relu_reduce(
+    dy: Tensor, x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """dbias and dweight, (2, C): sums over N, H, W of g and of g (x - mean) inverse.
+
+    g is dy wherever ``batch_norm_apply`` is not zero.
+    """
+    g = _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, inverse, weight, bias))
+    return _sums(mean, g, _normalised(x, mean, inverse))
 
 
 def batch_norm_relu_input_gradient(
-    dy: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor, constant: Tensor, slope: Tensor
+    dy: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
 ) -> Tensor:
-    """``scale g - constant - slope (x - mean)`` with g as in ``batch_norm_relu_reduce``, in the dtype of x.
+    """The gradient of BatchNorm and ReLU with respect to x, in the dtype of x.
 
-    With R = N·H·W, constant = scale sum(g) / R and slope = scale sum(g (x - mean)) / (R (variance + eps)) it is the
-    gradient of BatchNorm and ReLU with respect to x.
+    ``weight inverse (g - dbias / count - (x - mean) inverse dweight / count)`` with g as in ``batch_norm_relu_reduce``,
+    and dbias and dweight from there; count is the number of values that each of them is a sum of.
     """
-    g = _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, scale, bias))
-    return _input_gradient(g, _centred(x, mean), scale, constant, slope).to(x.dtype)
+    g = _masked(dy.to(mean.dtype), batch_norm_apply(x, mean, inverse, weight, bias))
+    return _input_gradient(g, x, mean, inverse, weight, dbias, dweight, count)
 
 
 def batch_norm_add_reduce(
@@ -361,57 +380,73 @@ def batch_norm_add_reduce(
     mask: Tensor,
     x: Tensor,
     mean: Tensor,
+    inverse: Tensor,
     shortcut: Tensor | None = None,
     shortcut_mean: Tensor | None = None,
+    shortcut_inverse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradient behind the last ReLU of a residual block, and its sums.
+    """The gradient behind the last ReLU of a residual block, dbias and dweight.
 
     Args:
         dy, dy_skip: (N, C, H, W), the gradients of the block's output y from its one or two readers.
         mask: where y is not zero, from ``batch_norm_apply_mask``.
-        x, mean: input and mean of the last BatchNorm.
-        shortcut, shortcut_mean: of the BatchNorm in the shortcut, where there is one.
+        x, mean, inverse: of the last BatchNorm.
+        shortcut, shortcut_mean, shortcut_inverse: of the BatchNorm in the shortcut, where there is one.
 
     Returns:
         g (N, C, H, W), ``dy + dy_skip`` where y is not zero, rounded once to the dtype of x, and the sums of what was
-        rounded: of g, of g (x - mean) and, with a shortcut, of g (shortcut - shortcut_mean); (2, C) or (3, C).
+        rounded: of g, of g (x - mean) inverse and, with a shortcut, of g (shortcut - shortcut_mean) shortcut_inverse;
+        (2, C) or (3, C).
     """
     passes = ((mask[:, :, None] >> _bits(x)) & 1).flatten(1, 2)[:, : x.shape[1]]
     g = torch.where(passes == 0, 0, _joined(dy, dy_skip, mean.dtype)).to(x.dtype)
-    factors = [_centred(x, mean)]
+    factors = [_normalised(x, mean, inverse)]
     if shortcut is not None and shortcut_mean is not None:
-        factors.append(_centred(shortcut, shortcut_mean))
+        assert shortcut_inverse is not None
+        factors.append(_normalised(shortcut, shortcut_mean, shortcut_inverse))
     return g, _sums(mean, g.to(mean.dtype), *factors)
 
 
 def batch_norm_input_gradient(
-    g: Tensor, x: Tensor, mean: Tensor, scale: Tensor, constant: Tensor, slope: Tensor
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
 ) -> Tensor:
-    """``scale g - constant - slope (x - mean)`` in the dtype of x; constant and slope as for the masked form."""
-    return _input_gradient(g.to(mean.dtype), _centred(x, mean), scale, constant, slope).to(x.dtype)
+    """``batch_norm_relu_input_gradient`` for a g that is masked already."""
+    return _input_gradient(g.to(mean.dtype), x, mean, inverse, weight, dbias, dweight, count)
 
 
 def batch_norm_input_gradients(
     g: Tensor,
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
-    constant: Tensor,
-    slope: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
     shortcut: Tensor,
     shortcut_mean: Tensor,
-    shortcut_scale: Tensor,
-    shortcut_constant: Tensor,
-    shortcut_slope: Tensor,
+    shortcut_inverse: Tensor,
+    shortcut_weight: Tensor,
+    shortcut_dweight: Tensor,
+    count: int,
 ) -> tuple[Tensor, Tensor]:
-    """``batch_norm_input_gradient`` of both BatchNorms that a residual block adds up."""
+    """``batch_norm_input_gradient`` of both BatchNorms that a residual block adds up; dbias is that of both."""
+    other = (shortcut, shortcut_mean, shortcut_inverse, shortcut_weight, dbias, shortcut_dweight)
     return (
-        batch_norm_input_gradient(g, x, mean, scale, constant, slope),
-        batch_norm_input_gradient(g, shortcut, shortcut_mean, shortcut_scale, shortcut_constant, shortcut_slope),
+        batch_norm_input_gradient(g, x, mean, inverse, weight, dbias, dweight, count),
+        batch_norm_input_gradient(g, *other, count),
     )
 
 
-def batch_norm_relu_pool(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def batch_norm_relu_pool(
+    x: Tensor, mean: Tensor, inverse: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """``batch_norm_apply``, then max pooling 3x3 with stride 2 and padding 1.
 
     Returns:
@@ -419,7 +454,7 @@ def batch_norm_relu_pool(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -
         of the chosen pixel in its window. torch's rule: the first largest in raster order, the last NaN if there is
         any.
     """
-    full = batch_norm_apply(x, mean, scale, bias)
+    full = batch_norm_apply(x, mean, inverse, weight, bias)
     y, index = F.max_pool2d(full.to(mean.dtype), 3, 2, 1, return_indices=True)
     width = x.shape[3]
     top = 2 * torch.arange(y.shape[2], device=x.device)[:, None] - 1
@@ -429,13 +464,21 @@ def batch_norm_relu_pool(x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor) -
 
 
 def batch_norm_relu_pool_reduce(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    choice: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
 ) -> Tensor:
-    """Sums of g and of g (x - mean), (2, C): g is the gradient through the pool and ReLU, from ``dy + dy_skip``.
+    """dbias and dweight, (2, C): g is the gradient through the pool and ReLU, from ``dy + dy_skip``.
 
     dy, dy_skip and choice have the shape of the pool's output. Nothing is rounded in between.
     """
-    return _sums(mean, _unpooled(dy, dy_skip, choice, x, mean, scale, bias), _centred(x, mean))
+    g = _unpooled(dy, dy_skip, choice, x, mean, inverse, weight, bias)
+    return _sums(mean, g, _normalised(x, mean, inverse))
 
 
 def batch_norm_relu_pool_input_gradient(
@@ -444,14 +487,16 @@ def batch_norm_relu_pool_input_gradient(
     choice: Tensor,
     x: Tensor,
     mean: Tensor,
-    scale: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
     bias: Tensor,
-    constant: Tensor,
-    slope: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
 ) -> Tensor:
-    """``scale g - constant - slope (x - mean)`` in the dtype of x, with g as in ``batch_norm_relu_pool_reduce``."""
-    g = _unpooled(dy, dy_skip, choice, x, mean, scale, bias)
-    return _input_gradient(g, _centred(x, mean), scale, constant, slope).to(x.dtype)
+    """``batch_norm_relu_input_gradient`` with g as in ``batch_norm_relu_pool_reduce``."""
+    g = _unpooled(dy, dy_skip, choice, x, mean, inverse, weight, bias)
+    return _input_gradient(g, x, mean, inverse, weight, dbias, dweight, count)
 
 
 def _by_channel(vector: Tensor, x: Tensor) -> Tensor:
@@ -461,8 +506,8 @@ def _by_channel(vector: Tensor, x: Tensor) -> Tensor:
     return vector.repeat_interleave(x.shape[0] // vector.shape[0], 0)[:, :, None, None]
 
 
-def _centred(x: Tensor, mean: Tensor) -> Tensor:
-    return x.to(mean.dtype) - _by_channel(mean, x)
+def _normalised(x: Tensor, mean: Tensor, inverse: Tensor) -> Tensor:
+    return (x.to(mean.dtype) - _by_channel(mean, x)) * _by_channel(inverse, x)
 
 
 def _joined(dy: Tensor, dy_skip: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -482,12 +527,29 @@ def _sums(mean: Tensor, g: Tensor, *factors: Tensor) -> Tensor:
     return torch.stack([term.unflatten(0, (mean.shape[0], -1)).sum((1, 3, 4)) for term in terms])
 
 
-def _input_gradient(g: Tensor, centred: Tensor, scale: Tensor, constant: Tensor, slope: Tensor) -> Tensor:
-    return _by_channel(scale, g) * g - _by_channel(constant, g) - _by_channel(slope, g) * centred
+def _input_gradient(
+    g: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    dbias: Tensor,
+    dweight: Tensor,
+    count: int,
+) -> Tensor:
+    rest = _by_channel(dbias, x) + _normalised(x, mean, inverse) * _by_channel(dweight, x)
+    return ((g - rest / count) * _by_channel(inverse, x) * _by_channel(weight, x)).to(x.dtype)
 
 
 def _unpooled(
-    dy: Tensor, dy_skip: Tensor | None, choice: Tensor, x: Tensor, mean: Tensor, scale: Tensor, bias: Tensor
+    dy: Tensor,
+    dy_skip: Tensor | None,
+    choice: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    inverse: Tensor,
+    weight: Tensor,
+    bias: Tensor,
 ) -> Tensor:
     """The gradient before pool and ReLU, scattered: (N, C, H, W) in the dtype of mean."""
     height, width = x.shape[2:]
@@ -496,7 +558,7 @@ def _unpooled(
     column = 2 * torch.arange(choice.shape[3], device=x.device) - 1 + tap % 3
     flat = torch.zeros((*x.shape[:2], height * width), dtype=mean.dtype, device=x.device)
     flat.scatter_add_(2, (row * width + column).flatten(2), _joined(dy, dy_skip, mean.dtype).flatten(2))
-    return _masked(flat.view(x.shape), batch_norm_apply(x, mean, scale, bias))
+    return _masked(flat.view(x.shape), batch_norm_apply(x, mean, inverse, weight, bias))
 
 
 class TrunkAndHead(Protocol):
