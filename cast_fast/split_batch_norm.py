@@ -34,11 +34,16 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         """Runs of samples with statistics of their own."""
         return self.passes * self.groups
 
+    def extra_repr(self) -> str:
+        """What ``print`` shows."""
+        return f"{super().extra_repr()}, groups={self.groups}, passes={self.passes}"
+
     def forward(self, input: Tensor) -> Tensor:
         """(parts · n, C, H, W) → the same shape and dtype; statistics in float32 or wider.
 
         Raises:
-            ValueError: a number of samples that ``parts`` does not divide, or parts of one value a channel.
+            ValueError: a number of samples that ``parts`` does not divide, parts of one value a channel, or running
+                statistics without a momentum.
         """
         if not self.training or self.parts == 1:
             return super().forward(input)
@@ -62,8 +67,11 @@ def split_batch_norm(module: nn.Module, groups: int = 1, passes: int = 1) -> Non
     A streaming trunk never calls its BatchNorms; it reads from them what they are.
 
     Raises:
-        ValueError: another kind than ``nn.BatchNorm2d`` (for instance a synchronised one), or one without momentum.
+        ValueError: another kind than ``nn.BatchNorm2d`` (for instance a synchronised one), one without momentum, or
+            fewer than one group or pass.
     """
+    if groups < 1 or passes < 1:
+        raise ValueError(f"groups, passes: got {groups}, {passes}, expected at least 1 each")
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if not isinstance(child, nn.modules.batchnorm._BatchNorm):

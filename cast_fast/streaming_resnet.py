@@ -159,7 +159,8 @@ class StreamingBlock(nn.Module):
             statistics = batch_statistics(other, shortcut, batches)
             result = _NormAddNormRelu.apply(*arguments, shortcut, statistics, *_settings(other)[:2])
         else:
-            result = _NormAddRelu.apply(*arguments, skip)
+            # The same dtype but where autocast has narrowed the convolutions and not the input.
+            result = _NormAddRelu.apply(*arguments, skip.to(x.dtype))
         if handed is None:
             enter_statistics(batches)
         return Branches(result[0], result[1], handed) if self.splits else result
@@ -221,11 +222,15 @@ def enter_statistics(batches: list[Batch]) -> None:
     """Moves running statistics and counts as the BatchNorms do in a forward pass, for many of them at once.
 
     Those of a ``SplitBatchNorm2d`` take one step a pass, by the mean over its groups.
+
+    Raises:
+        ValueError: a BatchNorm without momentum.
     """
     alike: dict[tuple[float, int, int, int], list[Batch]] = {}
     for batch in batches:
         norm = batch.norm
-        assert norm.momentum is not None
+        if norm.momentum is None:
+            raise ValueError(f"BatchNorm: got {norm}, expected one with a momentum")
         passes, groups = (norm.passes, norm.groups) if isinstance(norm, SplitBatchNorm2d) else (1, 1)
         alike.setdefault((norm.momentum, batch.count, passes, groups), []).append(batch)
     with torch.no_grad():

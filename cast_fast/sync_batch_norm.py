@@ -82,7 +82,8 @@ def normalise(
 class _Normalise(torch.autograd.Function):
     """(P, n, C, H, W) → the same in the dtype of the statistics.
 
-    The gradient is in closed form: autograd of the formula reduces more often.
+    The gradient is in closed form: autograd of the formula reduces more often. It has no gradient of its own, for it
+    takes the statistics as constants: a second derivative raises an error.
     """
 
     @staticmethod
@@ -118,7 +119,17 @@ class _Normalise(torch.autograd.Function):
         scale = inverse if weight is None else inverse * weight
         slope = inverse.square() * product / count
         dx = (dy - _spread(total / count) - centred * _spread(slope)) * _spread(scale)
-        return dx.to(x.dtype), None, None, dweight, dbias, None, None
+        gradients = (dx.to(x.dtype), None, None, dweight, dbias, None, None)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # Under ``create_graph``. ``once_differentiable`` lets a sum with other terms pass in silence.
+            for gradient in gradients:
+                if gradient is not None and gradient.requires_grad:
+                    gradient.register_hook(_refuse_second_derivative)
+        return gradients
+
+
+def _refuse_second_derivative(_: Tensor) -> None:
+    raise RuntimeError("BatchNorm with statistics of groups or of all ranks has no second derivative")
 
 
 def _spread(statistics: Tensor) -> Tensor:
@@ -133,9 +144,13 @@ def update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, variance: Tens
         norm: with running statistics and a momentum.
         mean, variance: (C,) of the batch, the variance biased.
         count: values a channel, at least 2.
+
+    Raises:
+        ValueError: without a momentum, which torch takes for a cumulative average.
     """
     assert norm.running_mean is not None and norm.running_var is not None
-    assert norm.momentum is not None
+    if norm.momentum is None:
+        raise ValueError(f"BatchNorm: got {norm}, expected one with a momentum")
     with torch.no_grad():
         if norm.num_batches_tracked is not None:  # else whoever took it away counts (``batch_counters``)
             norm.num_batches_tracked.add_(1)

@@ -931,6 +931,20 @@ def test_compiles_to_one_graph(dynamic: bool, device: torch.device) -> None:
 
 # Mistakes
 
+
+@pytest.mark.parametrize("call", CALLS)
+def test_a_kernel_is_not_launched_on_memory_that_it_would_misread(call: str) -> None:
+    operator, arguments = CALLS[call]
+    given = inputs((2, 12, 5, 4), torch.float32)
+    for name, tensor in vars(given).items():
+        one = dataclasses.replace(given)
+        setattr(one, name, tensor.contiguous() if tensor.dim() == 4 else tensor.repeat_interleave(2)[::2])
+        called = {id(argument) for argument in arguments(one)}
+        if id(getattr(one, name)) in called:
+            with pytest.raises(ValueError, match=f"{operator.name}: got strides .* expected channels-last, dense"):
+                operator.launch(*arguments(one))
+
+
 X = torch.zeros(2, 3, 4, 4)
 V = torch.zeros(3)
 H = torch.zeros(2, 3, 2, 2)
@@ -953,6 +967,10 @@ M = torch.zeros(2, 1, 4, 4, dtype=torch.uint8)
         (lambda k: k.batch_norm_statistics(X, -EPS), "eps: got -1e-05, expected at least 0"),
         (lambda k: k.batch_norm_statistics(X, float("nan")), "eps: got nan"),
         (lambda k: k.batch_norm_statistics(X[:1].expand(70000, 3, 4, 4), EPS, 70000), "at most 65535"),
+        (
+            lambda k: k.batch_norm_statistics(X[:1, :1, :1, :1].expand(32768, 32768, 1, 1), EPS, 32768),
+            "parts: got 32768 parts of 32768 channels, expected at most 536870912 in all",
+        ),
         (lambda k: k.batch_norm_apply(X, V.expand(3, 3), V, V, V), "mean: got 3 parts, expected a divisor of 2"),
         (
             lambda k: k.batch_norm_apply(X, V.expand(2, 3), V, V, V),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -78,6 +79,46 @@ def test_bfloat16_is_as_exact_as_torchs() -> None:
     exact = run(copy.deepcopy(plain).double(), torch.float64)
     for found, own, target in zip(run(network, torch.bfloat16), run(plain, torch.bfloat16), exact):
         assert (found - target).norm() <= 1.05 * (own - target).norm()
+
+
+def test_numbers_that_make_no_parts_are_refused() -> None:
+    for numbers in ((0, 1), (1, 0), (-2, 1)):
+        with pytest.raises(ValueError, match=r"groups, passes: got .* expected at least 1 each"):
+            split_batch_norm(nn.Sequential(nn.BatchNorm2d(3)), *numbers)
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    split_batch_norm(network, groups=2)
+    norm = network[0]
+    assert isinstance(norm, SplitBatchNorm2d)
+    norm.momentum = None
+    with pytest.raises(ValueError, match=r"BatchNorm: got .* expected one with a momentum"):
+        network(torch.randn(4, 3, 5, 5))
+
+
+def test_a_second_derivative_is_an_error() -> None:
+    """Not a number that lacks the statistics' part, also where the loss has other terms."""
+    norm = nn.Sequential(nn.BatchNorm2d(3)).double()
+    split_batch_norm(norm, groups=2)
+    x = torch.randn(4, 3, 3, 2, dtype=torch.float64, requires_grad=True)
+    for leaf in (x, *norm.parameters()):
+        loss = (norm(x) * x.sin()).square().sum() + leaf.cos().sum()
+        (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        with pytest.raises(RuntimeError, match="no second derivative"):
+            gradient.sum().backward()
+    # The first one may be asked for in that way.
+    (gradient,) = torch.autograd.grad((norm(x) ** 2).sum(), x, create_graph=True)
+    assert gradient.isfinite().all()
+
+
+def test_copies_keep_their_parts() -> None:
+    network = nn.Sequential(nn.BatchNorm2d(3))
+    split_batch_norm(network, groups=2, passes=3)
+    twin: Any = pickle.loads(pickle.dumps(copy.deepcopy(network)))
+    assert (twin[0].groups, twin[0].passes, twin[0].parts) == (2, 3, 6)
+    assert "groups=2, passes=3" in repr(twin)
+    x = torch.randn(12, 3, 4, 4)
+    assert torch.equal(network(x), twin(x))
+    for (name, value), got in zip(network.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(value, got), name
 
 
 def test_without_weight_and_bias() -> None:

@@ -245,6 +245,45 @@ def test_bfloat16_errs_no_more_than_eager(device: torch.device, kind: str) -> No
     assert (errors[1] <= (1.02 if device.type == "cpu" else 1.05) * errors[0]).all(), errors
 
 
+def test_an_input_that_autocast_has_not_narrowed() -> None:
+    """As the shortcut it is wider than the convolution's output; errors against float64 are no larger than torch's."""
+    torch.manual_seed(0)
+    block = lively(BLOCKS["basic"]()).train()
+    streaming, truth = StreamingBlock(copy.deepcopy(block), splits=False), copy.deepcopy(block).double()
+    x = images_of(4, 6, 9, 9, dtype=torch.float32)
+    exact = run_block(truth, x.double(), 0, autocast=False)
+    for found, own, right in zip(*(run_block(m, x, 0, autocast=True) for m in (streaming, block)), exact, strict=True):
+        assert found.dtype == own.dtype
+        assert (found - right).norm() <= 1.1 * (own - right).norm()
+
+
+@pytest.mark.parametrize("kind", ["basic", "basic projecting"])
+@pytest.mark.parametrize("of", ["input", "weight"])
+def test_a_second_derivative_is_an_error(kind: str, of: str) -> None:
+    """Not a number that lacks the statistics' part, also where other terms have one."""
+    streaming = StreamingBlock(BLOCKS[kind](), splits=False).double().train()
+    x = images_of(3, next(streaming.parameters()).shape[1], 7, 5).requires_grad_()
+    leaf = x if of == "input" else streaming.get_parameter("bn1.weight")
+    loss = (streaming(x) ** 2).sum() + leaf.sin().sum()
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        gradient.square().sum().backward()
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    torch.manual_seed(0)
+    block = lively(BLOCKS["basic projecting"]()).double().train()
+    for name in ("conv1.weight", "bn1.weight", "bn2.bias", "downsample.1.weight", "downsample.1.bias"):
+        block.get_parameter(name).requires_grad_(False)
+    streaming = StreamingBlock(copy.deepcopy(block), splits=False)
+    x = images_of(3, 5, 7, 5)
+    for module in (block, streaming):
+        module(x).square().sum().backward()
+    for (name, found), expected in zip(streaming.named_parameters(), block.parameters(), strict=True):
+        assert (found.grad is None) == (expected.grad is None), name
+        assert found.grad is None or error(found.grad, expected.grad) < EXACT, name  # pyright: ignore[reportArgumentType]
+
+
 def run_block(module: nn.Module, x: Tensor, seed: int, *, autocast: bool) -> list[Tensor]:
     """Output, input gradient, and all parameters' gradients in a row."""
     x = x.clone().requires_grad_()
@@ -377,6 +416,25 @@ def test_one_graph_without_additions_of_gradients() -> None:
     assert len(sizes) == 1 + convolutions + 4 * 8 + 2
 
 
+def test_one_graph_for_batches_and_images_of_any_size() -> None:
+    torch.manual_seed(0)
+    module = lively(small_resnet(resnet.BasicBlock, 1)).double().train()
+    split_batch_norm(module, groups=2)
+    streaming = StreamingTrunk(module)  # pyright: ignore[reportArgumentType]
+    twin = copy.deepcopy(streaming)
+    torch._dynamo.reset()
+    compiled = torch.compile(streaming, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count, size in ((4, 33), (6, 41)):
+        x = images_of(count, 3, size, size)
+        results = []
+        for network, owner in ((compiled, streaming), (twin, twin)):
+            y = network(x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), list(owner.parameters()))])
+        assert max(map(error, *results)) < EXACT
+    torch._dynamo.reset()
+    assert_same_statistics(streaming, twin)
+
+
 # In the step
 
 
@@ -460,6 +518,10 @@ def test_callers_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     block = StreamingBlock(resnet.BasicBlock(4, 4)).train()
     with pytest.raises(ValueError, match=r"BatchNorm: got one value a channel \(shape \(1, 4, 1, 1\)\)"):
         block(torch.randn(1, 4, 1, 1))
+    norm: Any = block.bn1
+    norm.momentum = None
+    with pytest.raises(ValueError, match=r"BatchNorm: got .* expected one with a momentum"):
+        block(torch.randn(2, 4, 3, 3))
     mixed = StreamingBlock(BLOCKS["basic projecting"]()).train()
     synchronise_batch_norm(mixed.get_submodule("downsample"))
     monkeypatch.setattr(distributed, "world_size", lambda: 2)

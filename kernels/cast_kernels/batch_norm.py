@@ -82,8 +82,14 @@ MAX_POOLED_PIXELS = 2**30
 """Largest N·H·W in front of the pool."""
 MAX_PARTS = 65_535
 """CUDA's limit of a grid's second dimension."""
+MAX_STATISTICS = 2**29
+"""Largest number of parts times channels."""
 VANISHES = {torch.bfloat16: 2.0**-134, torch.float16: 2.0**-25, torch.float32: 0.0}
 """The largest number that is rounded to zero: half of the smallest subnormal, a tie that goes to even."""
+
+
+_FORMATS = (torch.contiguous_format, torch.channels_last)
+"""Of a vector, and of activations."""
 
 
 def _activations(like: Tensor, height: int | None = None, width: int | None = None, dtype: Any = None) -> Tensor:
@@ -353,8 +359,16 @@ class _Operator:
         return self._plan(*arguments, *self.allocate(*arguments))
 
     def launch(self, *arguments: Any) -> Any:
-        """The results, by the kernels; all tensors channels-last."""
+        """The results, by the kernels.
+
+        Raises:
+            ValueError: activations that are not channels-last, or a vector with gaps, which the kernels would misread.
+        """
         arguments = self._whole(arguments)
+        for tensor in arguments:
+            if isinstance(tensor, Tensor) and not tensor.is_contiguous(memory_format=_FORMATS[tensor.dim() == 4]):
+                shape, strides = tuple(tensor.shape), tensor.stride()
+                raise ValueError(f"{self.name}: got strides {strides} for shape {shape}, expected channels-last, dense")
         made = self.allocate(*arguments)
         for launch in self._plan(*arguments, *made):
             launch.run()
@@ -455,6 +469,11 @@ def _check_parts(name: str, parts: int, x: Tensor) -> None:
         raise ValueError(
             f"{name}: got {parts} parts, expected a divisor of {x.shape[0]} (samples), at most {MAX_PARTS}"
         )
+    # Offsets into three of them are 32 bits wide.
+    if parts * x.shape[1] > MAX_STATISTICS:
+        raise ValueError(
+            f"{name}: got {parts} parts of {x.shape[1]} channels, expected at most {MAX_STATISTICS} in all"
+        )
 
 
 def _check_count(count: int) -> None:
@@ -494,9 +513,8 @@ def _together(first: tuple[str, Tensor | None], **others: Tensor | None) -> None
 
 def _dense(*tensors: Tensor | None) -> list[Any]:
     """Activations in channels-last memory and vectors without gaps; what is so already, as it is."""
-    formats = (torch.contiguous_format, torch.channels_last)
     # An int: torch 2.11 traces no truth value as an index.
-    return [None if t is None else t.contiguous(memory_format=formats[int(t.dim() == 4)]) for t in tensors]
+    return [None if t is None else t.contiguous(memory_format=_FORMATS[int(t.dim() == 4)]) for t in tensors]
 
 
 def batch_norm_statistics(x: Tensor, eps: float, parts: int = 1) -> Tensor:
