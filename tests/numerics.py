@@ -10,9 +10,12 @@ from __future__ import annotations
 import contextlib
 import mmap
 from collections.abc import Callable, Iterator
+from types import ModuleType
 
+import numpy as np
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 KERNEL_DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,9 +63,23 @@ def kernel_marks(warnings: str = "encountered") -> list[pytest.MarkDecorator]:
 
     On a GPU its tests run compiled kernels, and ``-m gpu`` finds them. The interpreter's NumPy gives the warnings where
     NaN and infinity are what a test is about.
+
+    Raises:
+        RuntimeError: an interpreter that cannot run a loop.
     """
+    if INTERPRETED and _version(triton) < (3, 7) and _version(np) >= (2, 4):
+        # A bound of a loop is an array of one element there, which NumPy no longer converts to a number.
+        raise RuntimeError(
+            f"the interpreter of Triton {triton.__version__} fails with NumPy {np.__version__}: expected NumPy below "
+            "2.4, or a later Triton"
+        )
     marks = [pytest.mark.filterwarnings(f"ignore:.*{warnings}:RuntimeWarning")]
     return marks if INTERPRETED else [*marks, pytest.mark.gpu]
+
+
+def _version(package: ModuleType) -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(number) for number in package.__version__.split(".")[:2])
 
 
 def dtype_id(dtype: torch.dtype) -> str:
