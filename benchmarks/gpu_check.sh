@@ -152,6 +152,11 @@ throughput() { # batch flags…
   shift
   "$python" benchmarks/throughput.py --device cuda --arch resnet50 --size 224 --batch "$batch" "$@"
 }
+none_left() { # of a process group whose leader has ended: what was told to end gets 5 s, then it is killed
+  local tries=25
+  while ((tries-- > 0)) && kill -0 -- "-$1" 2>/dev/null; do sleep 0.2; done
+  kill -KILL -- "-$1" 2>/dev/null
+}
 ladder() { # folder seconds batch lines flags…
   local folder=$1 seconds=$2 batch=$3 lines=$4 begin=$SECONDS
   shift 4
@@ -163,9 +168,10 @@ ladder() { # folder seconds batch lines flags…
     TORCHINDUCTOR_COMPILE_THREADS=4 timeout $((seconds * 3 / 5)) xargs -P 5 -I {} bash -c \
       'throughput "$1" --compile-only --variants "$2" --out "$3"' - "$batch" {} "$folder" &
   ahead=$!
-  trap 'kill -TERM "$ahead"; exit 143' TERM # they have a process group of their own
+  trap 'kill -TERM "$ahead"; wait "$ahead"; none_left "$ahead"; exit 143' TERM # timeout has a process group of its own
   wait "$ahead" || echo "not every line could be compiled ahead; the ladder tries again"
-  trap - TERM
+  none_left "$ahead"
+  trap 'exit 143' TERM
   echo "compiled side by side in $((SECONDS - begin)) s"
   seconds=$((seconds - SECONDS + begin))
   throughput "$batch" --out "$folder" --variants "$lines" --max-seconds $((seconds > 60 ? seconds - 30 : seconds / 2)) "$@" &&
@@ -284,10 +290,12 @@ for row in "${PHASES[@]}"; do
   begin=$SECONDS
   set -m # else what runs in the background would ignore SIGINT, by which pytest is told to end
   (
-    # timeout runs programs, not functions: it gets a shell that knows them.
-    export -f ladder throughput complete sanitize has needs absent_of "phase_$name"
+    # timeout runs programs, not functions: it gets a shell that knows them. By its trap the shell outlives what it runs,
+    # else timeout would end with it, and what takes its time to end, or never does, would share the GPU with the next.
+    export -f ladder none_left throughput complete sanitize has needs absent_of "phase_$name"
     export python out absent all_lines few_lines
-    exec timeout --signal=TERM --kill-after=10 "$allotted" bash -c "phase_$name \"\$@\"" "phase_$name" "$folder" "$allotted"
+    exec timeout --signal=TERM --kill-after=10 "$allotted" bash -c "trap 'exit 143' TERM; phase_$name \"\$@\"" \
+      "phase_$name" "$folder" "$allotted"
   ) >"$folder/log.txt" 2>&1 </dev/null &
   running=$!
   set +m

@@ -1,6 +1,7 @@
 """The phases of ``gpu_check.sh``: order, time limits, what a second call does; with a stand-in for Python."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -302,8 +303,9 @@ def test_an_interrupted_call_ends_its_phase_and_keeps_what_there_is(
 ) -> None:
     """Also while lines are compiled ahead, in a process group of their own: nothing is left running."""
     play = bench.root
-    bench.rule(where, f"trap 'touch {play}/ended-$$; exit 143' TERM; touch {play}/began-$$; sleep 60 & wait $!")
     phase = "kernels" if where == "kernels.py" else "ladder-64"
+    ends = f"sleep 0.5; touch {play}/ended-$$ $PLAY/out/{phase}/last.txt; exit 143"
+    bench.rule(where, f"trap '{ends}' TERM; touch {play}/began-$$; sleep 60 & wait $!")
     env = {**os.environ, "PYTHON": str(bench.python), "PLAY": str(play)}
     flags = [str(SCRIPT), str(bench.out), "--only", "environment", "--only", phase, "--only", "pointwise"]
     # A job that a shell put in the background inherits SIGINT ignored, and so would the script.
@@ -322,13 +324,13 @@ def test_an_interrupted_call_ends_its_phase_and_keeps_what_there_is(
         script.kill()
     assert script.returncode == 130, out
     assert f"{phase}: interrupted" in out
-    began = [path.name.removeprefix("began-") for path in play.glob("began-*")]
-    _wait_until(lambda: all((play / f"ended-{process}").exists() for process in began))
+    began = {path.name.removeprefix("began-") for path in play.glob("began-*")}
+    assert {path.name.removeprefix("ended-") for path in play.glob("ended-*")} == began != set()
     assert [bench.status(name) for name in ("environment", phase, "pointwise")] == ["ok", "", ""]
     assert not (bench.out / "pointwise").exists()
     assert (bench.out / "report.md").exists()
     with tarfile.open(bench.out / "gpu_check.tar.gz") as archive:
-        assert f"./{phase}/log.txt" in archive.getnames()
+        assert {f"./{phase}/log.txt", f"./{phase}/last.txt"} < {*archive.getnames()}
     bench.rule(where, "")
     assert bench.call("--only", phase).returncode == 0
     assert bench.status(phase) == "ok"
@@ -357,3 +359,20 @@ def test_the_state_of_the_gpu_is_kept_around_a_phase(bench: Bench) -> None:
     for _ in range(2):  # a phase that is done again begins anew
         bench.call("--only", "kernels", "--redo", "kernels")
         assert (bench.out / "kernels" / "gpu.csv").read_text() == "now, 12 MiB, 0 %, 1980 MHz, 40, 70 W\n" * 2
+
+
+@pytest.mark.parametrize("ends", ["sleep 0.5; touch $PLAY/ended; exit 143", ""])
+def test_what_is_over_time_is_gone_when_the_next_phase_begins(bench: Bench, ends: str) -> None:
+    """Also what takes its time to write what it has, and what does not end by itself, as a kernel that hangs."""
+    real = shutil.which("timeout")
+    stub = bench.root / "timeout"
+    stub.write_text(f'#!/usr/bin/env bash\nexec {real} "$1" --kill-after=1 1 "${{@:4}}"\n')
+    stub.chmod(0o755)
+    bench.rule("ceilings.py", f"trap '{ends}' TERM; echo $$ >$PLAY/process; sleep 60 & wait $!; wait $!")
+    # A dead process may still be listed, where nobody asks for its exit code.
+    bench.rule("kernels.py", "grep -q '^State:.[^ZX]' /proc/$(<$PLAY/process)/status && touch $PLAY/beside")
+    done = bench.call("--only", "environment", "--only", "kernels")
+    assert bench.status("environment") == "failed: over its limit of 90 s; what it wrote before is kept"
+    assert bench.status("kernels") == "ok", done.stdout
+    assert (bench.root / "ended").exists() == bool(ends)
+    assert not (bench.root / "beside").exists()
