@@ -1,6 +1,7 @@
 """What a step sends between ranks: counted on real processes, compared with a model, and that carried to 1,024 GPUs.
 
-    python benchmarks/scaling.py --out DIR [--ranks 1 2 3 4] [--overlap] [--step-ms MS] [--nvlink GB/s] [--link Gbit/s]
+    python benchmarks/scaling.py [--out DIR] [--ranks 1 2 3 4] [--overlap] [--step-ms MS] [--nvlink GB/s]
+                                 [--link Gbit/s]
 
 Measured (CPU, gloo, no GPU is needed): 1 to 4 processes take training steps of ResNet-18; ``distributed.RECORD``
 counts the bytes that each collective was handed for other ranks, and where the system allows a network namespace
@@ -36,9 +37,11 @@ import torch
 import torch.multiprocessing as multiprocessing
 
 from cast_fast import distributed
+from cast_fast.cli import EXIT_USER_ERROR, OneLineParser
 from cast_fast.data.batch import random_batch
 from cast_fast.distributed import RECORD, World
 from cast_fast.encoder import cam_grid
+from cast_fast.errors import UserError
 from cast_fast.moco import MoCo
 from cast_fast.objective import Objective
 from cast_fast.optim import build_optimizer
@@ -344,8 +347,8 @@ def chart(measured: dict[tuple[int, str], dict[str, Any]], cluster: Cluster, pat
 
 def main(arguments: list[str] | None = None) -> int:
     """Measures, compares, models; returns 1 where count and model disagree."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path("scaling-results"), help="folder for results and chart")
+    parser = OneLineParser(prog="scaling.py", description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=Path("bench_out/scaling"), help="folder for results and chart")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 3, 4], help="numbers of processes to measure")
     parser.add_argument("--overlap", action="store_true", help="measure how much of the queue's exchange is hidden")
     parser.add_argument(
@@ -358,8 +361,15 @@ def main(arguments: list[str] | None = None) -> int:
     if args.worker:
         _worker(int(args.worker[0]), args.worker[1], args.worker[2])
         return 0
-    environment = harness.environment(torch.device("cpu"))
-    results = harness.open_results(args.out, environment)
+    try:
+        if min(args.ranks) < 1 or (args.overlap and max(args.ranks) < 2):
+            raise UserError(f"--ranks: got {args.ranks}, expected at least {2 if args.overlap else 1}")
+        if not min(args.step_ms, args.nvlink, args.link) > 0:
+            raise UserError("--step-ms, --nvlink and --link: expected more than 0")
+        results = harness.open_results(args.out, harness.environment(torch.device("cpu")))
+    except UserError as error:
+        print(f"scaling.py: error: {error}", file=sys.stderr)
+        return EXIT_USER_ERROR
     if args.overlap:
         report_overlap(results, [ranks for ranks in args.ranks if ranks > 1], args.out)
         return 0

@@ -47,3 +47,27 @@ def test_modelled_efficiency(tmp_path: Path) -> None:
         {(2, "gather"): {"sent": {"gradients": 1e6}}, (2, "reduce"): {"sent": {}}}, cluster, tmp_path / "a.png"
     )
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--ranks", "0", "2"], "--ranks: got [0, 2], expected at least 1"),
+        (["--ranks", "1", "--overlap"], "--ranks: got [1], expected at least 2"),
+        (["--link", "0"], "--link: expected more than 0"),
+        (["--out", "file"], "--out: cannot write"),
+    ],
+)
+def test_a_mistake_is_one_line(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert scaling.main(flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert not Path("bench_out").exists()
