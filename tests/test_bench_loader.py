@@ -314,6 +314,23 @@ def test_a_step_is_timed_alone_and_beside_the_loader(plan: loader.Plan, tmp_path
     assert {("training_step", "alone"), ("training_step", "beside-loader")} < set(kept)
 
 
+def test_the_step_beside_the_loader_is_what_pretrain_runs(
+    plan: loader.Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[str] = []
+
+    def build(name: str, settings: Any) -> Any:
+        built.append(name)
+        raise RuntimeError("enough")
+
+    monkeypatch.setattr(loader.ladder, "build", build)
+    results = harness.open_results(tmp_path, harness.environment(plan.device))
+    plan = dataclasses.replace(plan, step=loader.step_settings(torch.device("cpu"), 64, 64, quick=True))
+    outcomes = loader.training(plan, results)
+    assert built == ["groups"]
+    assert {getattr(outcome, "reason", "") for outcome in outcomes.values()} == {"RuntimeError: enough"}
+
+
 def test_what_the_loader_takes_from_the_gpu_is_told(plan: loader.Plan) -> None:
     outcomes: dict[str, harness.Outcome] = {
         "training alone": harness.Measurement((0.09,)),

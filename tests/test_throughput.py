@@ -221,10 +221,20 @@ def test_nothing_is_compiled_once_time_is_over(tmp_path: Path, monkeypatch: pyte
         pytest.fail("compiled after the deadline")
 
     monkeypatch.setattr(torch, "compile", compile_late)
-    flags = ["--variants", "closed-form,compiled,trunk-bound,end-to-end", "--max-seconds", "0.001", "--repeats", "3"]
+    flags = [
+        "--variants",
+        "published,closed-form,compiled,trunk-bound,end-to-end",
+        "--max-seconds",
+        "0.001",
+        "--repeats",
+        "3",
+    ]
     code, records, summary = run(tmp_path, *flags)
     assert code == 0
-    assert {name: (row["repeats"], row["rounds"]) for name, row in records.items()} == {"closed-form": (1, 0)}
+    # First turns alone, and so no record of a quotient.
+    found = {name: (row["repeats"], row["rounds"]) for name, row in records.items()}
+    assert found == dict.fromkeys(["published", "closed-form"], (1, 0))
+    assert summary["lines"]["closed-form"]["speedup_over_published_rounds"] == 0
     for name in ("compiled", "trunk-bound", "end-to-end"):
         assert summary["lines"][name] == {"status": "absent", "reason": "not measured: out of time"}
 
