@@ -528,9 +528,23 @@ def test_a_killed_run_leaves_nothing_that_the_next_one_does_not_clear(tmp_path: 
         lambda index: index["changes"].__setitem__("cmyk", "many"),
         lambda index: index["rejects"].append({}),
         lambda index: index["rejects"].append({"path": "a", "kind": "b", "message": "c"}),
+        lambda index: index["rejects"].append({"part": "cls", "path": "a", "kind": "b", "message": "c"}),
         lambda index: index.__setitem__("version", 0),
     ],
-    ids=["short-row", "outside", "fraction", "flag", "stem", "class", "none", "count", "reject", "part", "version"],
+    ids=[
+        "short-row",
+        "outside",
+        "fraction",
+        "flag",
+        "stem",
+        "class",
+        "none",
+        "count",
+        "reject",
+        "part",
+        "other",
+        "version",
+    ],
 )
 def test_a_damaged_index_is_not_taken_into_the_manifest(spoil: Any, tmp_path: Path) -> None:
     write(tmp_path, {"a.jpg": (JPEG, PNG)})
