@@ -7,6 +7,7 @@ import json
 import math
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import claim
@@ -17,6 +18,14 @@ import torch
 from cast_fast.encoder import cam_grid
 from cast_fast.errors import UserError
 from cast_fast.evaluate.statistics import Interval
+
+
+@pytest.fixture(autouse=True)
+def own_threads() -> Iterator[None]:
+    """A run of the claim takes threads by the number of runs side by side; in the product it has a process of its own."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_the_small_network_has_six_by_six_cells_and_equal_starts():
