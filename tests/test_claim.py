@@ -20,9 +20,9 @@ from cast_fast.errors import UserError
 from cast_fast.evaluate.statistics import Interval
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def own_threads() -> Iterator[None]:
-    """A run of the claim takes threads by the number of runs side by side; in the product it has a process of its own."""
+    """A run takes threads by the number of runs side by side, as it is alone in its process."""
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
