@@ -101,6 +101,7 @@ def test_a_crash_is_the_requests_fault_and_the_next_one_gets_a_new_process(doubl
 @pytest.mark.parametrize("answered", [False, True])
 def test_a_signal_from_outside_is_no_fault_of_the_request(doubling: None, signal_name: str, answered: bool) -> None:
     """As the system's out-of-memory killer sends it, or a scheduler."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup children would inherit that it is ignored
     child = Child("doubling")
     try:
         assert not answered or ask(child, 1) == 2
@@ -108,6 +109,7 @@ def test_a_signal_from_outside_is_no_fault_of_the_request(doubling: None, signal
             ask(child, signal_name)
     finally:
         child.close()
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_no_intact_file_is_remembered_as_faulty_because_a_decoder_was_killed(

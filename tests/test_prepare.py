@@ -639,7 +639,7 @@ def test_an_answer_that_ends_early_is_a_crash() -> None:
     stream = io.BytesIO(b"abc")
     header = {"lengths": [2, 5], "suffix": "jpg", "width": 1, "height": 1, "map": ["jpg", 1, 1, False], "changes": []}
     with pytest.raises(EOFError):
-        pack_sample.read_answer(json.dumps(header).encode(), stream.read)
+        pack_sample._read_answer(json.dumps(header).encode(), stream.read)
 
 
 def test_validate_compares_the_contents_of_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

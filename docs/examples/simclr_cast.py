@@ -33,16 +33,17 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 class Pairs(torch.utils.data.Dataset):
-    """Two crops of a picture with their saliency maps, which hold the same salient object."""
+    """Two crops of a picture with their saliency maps, which hold the same salient object; every epoch is shuffled."""
 
     def __init__(self):
         self.samples = usable(scan(args.images, args.saliency), skip_invalid=True, on_empty_saliency="skip").samples
+        self.order = torch.cat([torch.randperm(len(self.samples)) for _ in range(0, len(self), len(self.samples))])
 
     def __len__(self):
         return args.steps * args.batch
 
     def __getitem__(self, position):
-        sample = self.samples[position % len(self.samples)]
+        sample = self.samples[self.order[position]]
         image = to_tensor(Image.open(sample.image).convert("RGB"))
         saliency = np.asarray(Image.open(sample.saliency))
         windows = crop_windows(saliency, draw(0, np.array([position])).windows[0])  # (1) crops that show the object
@@ -85,11 +86,10 @@ def nt_xent(first, second, temperature=0.2):
 for step, (views, maps) in enumerate(torch.utils.data.DataLoader(Pairs(), args.batch, drop_last=True)):
     views, maps = views.to(device), maps.to(device)
     activations, pooled, projection, embedding = encode(views.flatten(0, 1))
-    first, second = embedding[::2], embedding[1::2]
-    contrastive = nt_xent(first, second)
+    contrastive = nt_xent(embedding[::2], embedding[1::2])
     with torch.no_grad():  # (2) the second view with all but the object blanked, embedded without gradient
         target = encode(views[:, 1] * (maps[:, 1:] > 0.5))[3]
-    alpha = gradcam_weights(head, pooled[::2], projection[::2], first, target)  # (3) Grad-CAM of their similarity
+    alpha = gradcam_weights(head, pooled[::2], projection[::2], embedding[::2], target)  # (3) Grad-CAM
     saliency = F.adaptive_avg_pool2d(maps[:, :1], activations.shape[2:])[:, 0]
     attention = attention_loss(activations[::2], alpha, saliency).loss.mean()
     loss = contrastive + 3.0 * attention  # (4) look there
