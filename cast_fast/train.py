@@ -226,6 +226,8 @@ def _pretrain(config: PretrainConfig, signals: Signals) -> Outcome:
             trainer.require_space()
             if not locked:
                 stack.enter_context(locked_run(run))
+                if holds_run(run):  # it was begun, and ended, since this one looked
+                    raise UserError(f"--out: another process has begun a run in {run}: continue it with --resume")
 
         distributed.on_main(claim, "run folder")
         try:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from PIL import Image
 from cast_fast import cli
 from cast_fast.data import layout, saliency_maps
 from cast_fast.data.pack_sample import PackRule
-from cast_fast.data.prepare import prepare
+from cast_fast.data.prepare import SOURCE_FILE, prepare
 from cast_fast.data.saliency_maps import CocoInstances, NoMap, OnnxModel, choose_method, make_maps, rasterise
 from cast_fast.errors import UserError
 
@@ -274,7 +276,7 @@ def test_images_without_a_map_are_named_and_the_exit_code_says_so(
     printed = capsys.readouterr().out
     assert "2 maps written" in printed and "with human labels" in printed and "empty maps: 1" in printed
     assert "without a map, no-map: 3, for example" in printed
-    assert sorted(p.name for p in (tmp_path / "maps").glob("*")) == ["a.png", "b.png", "saliency.json"]
+    assert sorted(p.name for p in (tmp_path / "maps").glob("[!.]*")) == ["a.png", "b.png", "saliency.json"]
     method = choose_method("coco", annotations=path)
     summary = make_maps(tmp_path / "images", tmp_path / "maps", method, workers=1)
     assert (summary.written, summary.kept) == (0, 2)
@@ -324,8 +326,30 @@ def test_another_method_does_not_mix_into_a_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"another method: .*fine-grained.* then, .*spectral-residual.* now"):
         make_maps(tmp_path / "images", tmp_path / "maps", choose_method("spectral-residual"), workers=1)
     write_images(tmp_path / "mine", ["a.png"])
-    with pytest.raises(UserError, match=r"holds PNG files but no saliency\.json"):
+    with pytest.raises(UserError, match=r"is not empty and has no saliency\.json"):
         make_maps(tmp_path / "images", tmp_path / "mine", choose_method("fine-grained"), workers=1)
+
+
+@contrib
+def test_what_a_killed_run_left_half_written_goes_and_two_runs_never_share_a_folder(tmp_path: Path) -> None:
+    images, maps = tmp_path / "images", tmp_path / "maps"
+    write_images(images, ["sub/a.png"])
+    (maps / "sub").mkdir(parents=True)
+    left = [folder / ".cast-fast-0123456789abcdef.part" for folder in (maps, maps / "sub")]
+    for part in left:
+        part.write_bytes(b"half")
+    (maps / SOURCE_FILE).write_text(json.dumps(choose_method("fine-grained").record))
+    code = "import sys; from cast_fast.files import claimed; from pathlib import Path\n"
+    code += "with claimed(Path(sys.argv[1]), 'saliency.json', 'saliency'): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(maps)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline()
+        with pytest.raises(UserError, match="maps is in use by another cast-fast saliency"):
+            make_maps(images, maps, choose_method("fine-grained"), workers=1)
+        other.communicate()
+    assert make_maps(images, maps, choose_method("fine-grained"), workers=1).written == 1
+    assert not any(part.exists() for part in left)
 
 
 @pytest.mark.parametrize(

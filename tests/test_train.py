@@ -541,6 +541,24 @@ def test_progress_bar_on_a_terminal(scenes: Path, run: Path) -> None:
     assert "finished: 6 steps" in text
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_began_and_ended_meanwhile_is_not_begun_again(
+    resume: bool, scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = train.locked_run
+
+    @contextlib.contextmanager
+    def late(run: Path) -> Iterator[None]:
+        with lock(run):
+            (run / "metrics.csv").write_text("step\n1\n")
+            yield
+
+    monkeypatch.setattr(train, "locked_run", late)
+    with pytest.raises(UserError, match="another process has begun a run in"):
+        train.pretrain(settings(scenes, tmp_path / "run", resume=resume))
+    assert (tmp_path / "run" / "metrics.csv").read_text() == "step\n1\n"
+
+
 def test_two_processes_never_share_a_run_folder(scenes: Path, tmp_path: Path) -> None:
     holder = python(
         """

@@ -44,7 +44,7 @@ from cast_fast.data.prepare import SOURCE_FILE
 from cast_fast.data.progress import ordered_map, show_progress
 from cast_fast.data.rgb import to_rgb
 from cast_fast.errors import UserError
-from cast_fast.files import write_whole
+from cast_fast.files import claimed, remove_parts, write_whole
 
 HELP = "make saliency maps of images"
 
@@ -344,7 +344,8 @@ def make_maps(
         progress: show a progress bar.
 
     Raises:
-        UserError: a folder is faulty, ``out`` holds maps of another method, or the disk is full.
+        UserError: a folder is faulty, ``out`` holds something else or maps of another method, another process makes
+            maps there, or the disk is full.
     """
     if workers is not None and workers < 1:
         raise UserError(f"--workers: got {workers}, expected at least 1")
@@ -352,14 +353,17 @@ def make_maps(
         raise UserError(f"IMAGES and OUT are the same folder, {shown(images)}")
     pairs, faults = find_pairs(images, None, leave_out=out)
     record = {**method.record, "tools": {"cast_fast": __version__, "opencv": cv2.__version__}}
+    files = [pair.image for pair in pairs]
+    written = empty = 0
     try:
-        _claim(out, record)
-        files = [pair.image for pair in pairs]
-        todo = [file for file in files if not _is_made(file, _target(out, file))]
-        written = empty = 0
-        count = workers or len(os.sched_getaffinity(0))
-        results = ordered_map(lambda file: _make(file, out, method), todo, count)
-        with contextlib.closing(results):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(claimed(out, SOURCE_FILE, "saliency"))
+            _record(out / SOURCE_FILE, record)
+            todo = [file for file in files if not _is_made(file, _target(out, file))]
+            for folder in {_target(out, file).parent for file in todo}:
+                remove_parts(folder)
+            results = ordered_map(lambda file: _make(file, out, method), todo, workers or len(os.sched_getaffinity(0)))
+            stack.enter_context(contextlib.closing(results))
             for result in show_progress(results, "Making maps", len(todo), progress):
                 if isinstance(result, Fault):
                     faults.append(result)
@@ -384,12 +388,8 @@ def _is_made(file: FoundFile, target: Path) -> bool:
         return False
 
 
-def _claim(out: Path, record: dict[str, Any]) -> None:
-    """Makes the folder and writes the record, or finds the same one there."""
-    path = out / SOURCE_FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{shown(out)} is not a folder")
-    out.mkdir(parents=True, exist_ok=True)
+def _record(path: Path, record: dict[str, Any]) -> None:
+    """Writes how the maps are made, or finds the same there."""
     if path.exists():
         try:
             earlier = json.loads(path.read_bytes())
@@ -397,11 +397,9 @@ def _claim(out: Path, record: dict[str, Any]) -> None:
             raise UserError(f"{shown(path)} is damaged: {error}") from error
         if _method_of(earlier) != _method_of(record):
             raise UserError(
-                f"{shown(out)} holds maps of another method: {json.dumps(_method_of(earlier))} then, "
+                f"{shown(path.parent)} holds maps of another method: {json.dumps(_method_of(earlier))} then, "
                 f"{json.dumps(_method_of(record))} now; choose another folder"
             )
-    elif any(out.rglob("*.png")):
-        raise UserError(f"{shown(out)} holds PNG files but no {SOURCE_FILE}: expected a new folder")
     write_whole(path, json.dumps(record, indent=1) + "\n")
 
 
