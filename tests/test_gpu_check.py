@@ -325,7 +325,8 @@ def test_an_interrupted_call_ends_its_phase_and_keeps_what_there_is(
     assert script.returncode == 130, out
     assert f"{phase}: interrupted" in out
     began = {path.name.removeprefix("began-") for path in play.glob("began-*")}
-    assert {path.name.removeprefix("ended-") for path in play.glob("ended-*")} == began != set()
+    ended = {path.name.removeprefix("ended-") for path in play.glob("ended-*")}
+    assert set() != began <= ended  # one that was told before it could say that it began has only ended
     assert [bench.status(name) for name in ("environment", phase, "pointwise")] == ["ok", "", ""]
     assert not (bench.out / "pointwise").exists()
     assert (bench.out / "report.md").exists()
