@@ -196,20 +196,24 @@ def test_without_dali_the_loader_lines_say_so(
     assert "DALI is not installed" in capsys.readouterr().out
 
 
-def test_the_ladder_needs_none_of_the_picture_libraries(tmp_path: Path) -> None:
-    script = (
-        "import sys; sys.modules.update(dict.fromkeys(['cv2', 'nvidia.dali', 'hypothesis']));"
-        "import throughput; sys.exit(throughput.main(sys.argv[1:]))"
-    )
+def in_a_process(script: str, lines: str, out: Path) -> subprocess.CompletedProcess[str]:
+    """Runs a script that calls the benchmark with its own arguments."""
     folders = [str(harness.ROOT), str(harness.ROOT / "kernels"), str(harness.ROOT / "benchmarks")]
-    flags = [*TINY, "--device", "cpu", "--variants", "closed-form", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *flags],
+    return subprocess.run(
+        [sys.executable, "-c", script, *TINY, "--device", "cpu", "--variants", lines, "--out", str(out)],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=300,
     )
+
+
+def test_the_ladder_needs_none_of_the_picture_libraries(tmp_path: Path) -> None:
+    script = (
+        "import sys; sys.modules.update(dict.fromkeys(['cv2', 'nvidia.dali', 'hypothesis']));"
+        "import throughput; sys.exit(throughput.main(sys.argv[1:]))"
+    )
+    done = in_a_process(script, "closed-form", tmp_path)
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "summary.json").read_text())["lines"]["closed-form"]["status"] == "ok"
 
@@ -357,14 +361,7 @@ def test_a_killed_run_has_records_of_the_lines_before(tmp_path: Path) -> None:
         "    return build(name, settings)\n"
         "ladder.build = hanging; throughput.main(sys.argv[1:])"
     )
-    folders = [str(harness.ROOT), str(harness.ROOT / "kernels"), str(harness.ROOT / "benchmarks")]
-    flags = [*TINY, "--device", "cpu", "--variants", "published,closed-form", "--out", str(tmp_path)]
-    done = subprocess.run(
-        [sys.executable, "-c", script, *flags],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        timeout=300,
-    )
+    done = in_a_process(script, "published,closed-form", tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     (row,) = map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())
     assert (row["variant"], row["repeats"], row["rounds"]) == ("published", 1, 0) and row["value"] > 0
